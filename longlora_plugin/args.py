@@ -1,0 +1,210 @@
+"""The `longlora:` block of a recipe: every key, its default and its meaning. Loads no torch.
+
+A default is stated here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+DEFAULT_GROUP_SIZE_RATIO = 0.25
+"""The paper's group size: a quarter of the training length (LongLoRA, Table 7)."""
+
+
+class Resolved(BaseModel):
+    """What `register` decided for one run; later hooks read it instead of deciding again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    adapter: str | None = Field(description="The adapter the recipe asked for.")
+    group_size: int | None = Field(description="Tokens in a group; None without S²-Attn.")
+    original_context: int = Field(description="Tokens the base model was made for.")
+    target_context: int = Field(description="Tokens to extend to: the recipe's sequence_len.")
+    rope_before: dict[str, Any] = Field(description="rope_parameters of the base model.")
+    rope_after: dict[str, Any] = Field(description="rope_parameters of the run.")
+    max_position_embeddings: int = Field(description="Maximum written to the run's config.json.")
+
+
+class LongLoRAConfig(BaseModel):
+    """The nested `longlora:` block. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    shifted_attention: bool = Field(
+        default=True,
+        description="Train with shifted sparse attention (S²-Attn). Evaluation never uses it.",
+    )
+    attention_pattern: str = Field(
+        default="s2",
+        description="Who attends to whom: `s2`, or a pattern that an installed package adds.",
+    )
+    group_size: int | None = Field(
+        default=None, description="Tokens in a group, even; instead of `group_size_ratio`."
+    )
+    group_size_ratio: float | None = Field(
+        default=None,
+        description=f"Group size as a share of `sequence_len` ({DEFAULT_GROUP_SIZE_RATIO}).",
+    )
+    full_attention_below: int = Field(
+        default=0, ge=0, description="Documents of up to this many tokens use full attention."
+    )
+    full_attention_steps: float = Field(
+        default=0,
+        ge=0,
+        description="Last steps trained with full attention: a share below 1, or a number of steps.",
+    )
+    trainable: list[str] = Field(
+        default=["embeddings", "norms"],
+        description="Kinds of modules trained beside LoRA; used with `adapter: longlora` only.",
+    )
+    rope: str | dict[str, Any] | None = Field(
+        default="linear",
+        description="RoPE preset: a name, a mapping `{preset: yarn, factor: 8}`, or `none`.",
+    )
+    original_context: int | None = Field(
+        default=None, ge=1, description="Context of the base model; default: what its config says."
+    )
+    resolved: Resolved | None = Field(
+        default=None, description="Written by the plugin at start-up; not for recipes."
+    )
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_is_even(cls, value: int | None) -> int | None:
+        if value is not None and (value < 2 or value % 2):
+            raise ValueError(
+                f"got {value}; a group is shifted by half its size, so it must be an even number "
+                f"of tokens, at least 2. Write group_size: {max(2, value + value % 2)}"
+            )
+        return value
+
+    @field_validator("group_size_ratio")
+    @classmethod
+    def _ratio_is_a_share(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(
+                f"got {value}; it is a share of sequence_len, above 0 and up to 1. "
+                f"Write group_size_ratio: {DEFAULT_GROUP_SIZE_RATIO}, or group_size: <tokens>"
+            )
+        return value
+
+    @field_validator("full_attention_steps")
+    @classmethod
+    def _steps_are_a_share_or_whole(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError(
+                f"got {value}; write a share below 1 (0.1: the last tenth of the steps) "
+                f"or a whole number of steps ({round(value)})"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _one_way_to_say_the_group(self) -> LongLoRAConfig:
+        if self.group_size is not None and self.group_size_ratio is not None:
+            raise ValueError(
+                f"group_size: {self.group_size} and group_size_ratio: {self.group_size_ratio} "
+                "are two answers to one question; keep one of them"
+            )
+        return self
+
+    @property
+    def rope_preset(self) -> str:
+        """Name of the RoPE preset; `none` where the recipe switches RoPE scaling off."""
+        if isinstance(self.rope, Mapping):
+            return str(self.rope.get("preset", "none"))
+        return self.rope or "none"
+
+    @property
+    def rope_options(self) -> dict[str, Any]:
+        """Options of the RoPE preset beside its name."""
+        if not isinstance(self.rope, Mapping):
+            return {}
+        return {key: value for key, value in self.rope.items() if key != "preset"}
+
+    @field_validator("rope")
+    @classmethod
+    def _mapping_names_its_preset(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "preset" not in value:
+            raise ValueError(
+                f"got a mapping without a preset ({sorted(value)}); "
+                "write rope: {preset: yarn, factor: 8}"
+            )
+        return value
+
+    def group_size_for(self, sequence_len: int) -> int:
+        """Tokens in a group for rows of up to `sequence_len` tokens: always even, at least 2.
+
+        The group follows the recipe's `sequence_len`, never the batch at hand.
+
+        Raises:
+            ValueError: the group is longer than the context, or the share gives less than 2 tokens.
+        """
+        if self.group_size is not None:
+            if self.group_size > sequence_len:
+                raise ValueError(
+                    f"longlora.group_size: {self.group_size} is larger than sequence_len: "
+                    f"{sequence_len}; write at most {sequence_len // 2 * 2}, "
+                    f"the paper's choice is {max(2, sequence_len // 8 * 2)}"
+                )
+            return self.group_size
+        ratio = (
+            DEFAULT_GROUP_SIZE_RATIO if self.group_size_ratio is None else self.group_size_ratio
+        )
+        group_size = int(sequence_len * ratio) // 2 * 2
+        if group_size < 2:
+            raise ValueError(
+                f"longlora.group_size_ratio: {ratio} of sequence_len: {sequence_len} is less than "
+                "2 tokens; write a larger share, or group_size: <tokens>"
+            )
+        return group_size
+
+    def full_attention_steps_of(self, max_steps: int) -> int:
+        """How many of the last steps of a run of `max_steps` steps use full attention."""
+        steps = self.full_attention_steps
+        return min(max_steps, round(steps * max_steps) if steps < 1 else int(steps))
+
+
+class LongLoRAArgs(BaseModel):
+    """What the plugin adds to Axolotl's schema: one optional block."""
+
+    longlora: LongLoRAConfig | None = Field(
+        default=None, description="LongLoRA: shifted sparse attention and RoPE scaling."
+    )
+
+
+def parse_block(raw: Any) -> LongLoRAConfig:
+    """The `longlora:` block of a recipe as a typed config.
+
+    Args:
+        raw: the block as YAML gives it; None (an empty block) means all defaults.
+
+    Raises:
+        ValueError: says every wrong key and value at once, what is allowed, what to write instead.
+    """
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, Mapping):
+        raise ValueError(
+            f"longlora: got {raw!r}; write a block of keys, for example\n"
+            "longlora:\n  shifted_attention: true"
+        )
+    try:
+        return LongLoRAConfig(**{str(key): value for key, value in raw.items()})
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in ("longlora", *problem["loc"]))
+    if problem["type"] != "extra_forbidden":
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "value_error":
+            return f"{key}: {message}"
+        return f"{key}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"
+    valid = [name for name in LongLoRAConfig.model_fields if name != "resolved"]
+    near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.0)
+    return f"{key} is not a key of the longlora block; did you mean {near[0]!r}? Keys: {', '.join(valid)}"

@@ -1,0 +1,47 @@
+"""`axolotl longlora …`: one file a command, each imported when it is used.
+
+The commands only parse options, call one room, and print; torch and transformers are imported
+inside them, so that `--help` stays instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+COMMANDS = {
+    "eval": "Perplexity by context length and position.",
+}
+"""Command → its line in `--help`; each stands in the module `cli/<command>_command.py`."""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when that command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"longlora_plugin.cli.{cmd_name}_command")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        # Rooms raise ValueError for what a user can mend; a traceback would bury the message.
+        try:
+            return super().invoke(ctx)
+        except (ValueError, FileNotFoundError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=LazyGroup)
+def longlora() -> None:
+    """Plan, check and measure long-context fine-tuning (LongLoRA)."""

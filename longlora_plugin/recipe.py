@@ -1,0 +1,82 @@
+"""A recipe as its YAML file says it, read without importing Axolotl or torch.
+
+The commands read recipes this way; a training run gets its recipe from Axolotl instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longlora_plugin.args import LongLoRAConfig, parse_block
+
+AXOLOTL_SEQUENCE_LEN = 512
+"""Axolotl's default for `sequence_len`."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe.
+
+    Attributes:
+        path: the YAML file.
+        raw: its content, as YAML gives it.
+        block: the parsed `longlora:` block; None where the recipe does not ask for LongLoRA.
+    """
+
+    path: Path
+    raw: dict[str, Any]
+    block: LongLoRAConfig | None
+
+    @property
+    def base_model(self) -> str:
+        return str(self.raw["base_model"])
+
+    @property
+    def adapter(self) -> str | None:
+        return self.raw.get("adapter")
+
+    @property
+    def sequence_len(self) -> int:
+        return int(self.raw.get("sequence_len") or AXOLOTL_SEQUENCE_LEN)
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.raw.get("output_dir") or "./model-out")
+
+    def base_config(self) -> Any:
+        """The base model's transformers config (loads torch; reads no weights)."""
+        from transformers import AutoConfig
+
+        options = {}
+        if self.raw.get("revision_of_model"):
+            options["revision"] = self.raw["revision_of_model"]
+        name = self.raw.get("base_model_config") or self.base_model
+        return AutoConfig.from_pretrained(
+            name, trust_remote_code=self.raw.get("trust_remote_code") is True, **options
+        )
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        ValueError: the file is missing, not YAML, not a mapping, names no `base_model`, or its
+            `longlora:` block is wrong.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read recipe {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is not a recipe: expected keys such as base_model, got {raw!r}")
+    if not raw.get("base_model"):
+        raise ValueError(f"{path} names no base_model; add base_model: <name or folder>")
+    asked = raw.get("adapter") == "longlora" or "longlora" in raw
+    return Recipe(path=path, raw=raw, block=parse_block(raw.get("longlora")) if asked else None)
