@@ -13,7 +13,6 @@ Shapes: B windows a batch, T = context, V = vocabulary.
 
 import argparse
 import json
-import math
 import platform
 import shlex
 import sys
@@ -27,9 +26,36 @@ import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    get_cosine_with_min_lr_schedule_with_warmup,
+)
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+
+HYPERPARAMETERS = {
+    "vocab_size": (2048, "tokens"),
+    "context": (256, "tokens; the model sees no position beyond it"),
+    "hidden_size": (256, "width"),
+    "intermediate_size": (704, "width of the feed-forward layers"),
+    "layers": (4, "decoder layers"),
+    "heads": (8, "query heads"),
+    "kv_heads": (4, "key and value heads; fewer than --heads is grouped-query attention"),
+    "steps": (4000, "optimizer steps"),
+    "batch_size": (16, "windows of --context tokens"),
+    "learning_rate": (2e-3, "of AdamW, at its peak"),
+    "final_lr_share": (0.05, "of the peak, where the cosine ends"),
+    "warmup_steps": (200, "linear, from 0 to the peak"),
+    "weight_decay": (0.1, "of matrices; none on the norms"),
+    "beta2": (0.95, "of AdamW; beta1 is 0.9"),
+    "clip_norm": (1.0, "largest gradient norm"),
+    "precision": ("bf16", "of matrix products, bf16 or fp32; weights train in float32 either way"),
+    "eval_every": (250, "steps between looks at the held-out loss"),
+    "seed": (0, "of the weights and of the order of the windows"),
+    "threads": (2, "of the CPU"),
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,26 +65,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("text_dir", type=Path, help="folder with train.jsonl and heldout.jsonl")
     parser.add_argument("model_dir", type=Path, help="folder to write the model to")
-    shape = parser.add_argument_group("model")
-    shape.add_argument("--vocab-size", type=int, default=2048)
-    shape.add_argument("--context", type=int, default=256, help="tokens; no position beyond it")
-    shape.add_argument("--hidden-size", type=int, default=256)
-    shape.add_argument("--intermediate-size", type=int, default=704)
-    shape.add_argument("--layers", type=int, default=4)
-    shape.add_argument("--heads", type=int, default=8)
-    shape.add_argument("--kv-heads", type=int, default=4, help="fewer than heads: grouped-query")
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, default=4000)
-    training.add_argument("--batch-size", type=int, default=16, help="windows of CONTEXT tokens")
-    training.add_argument("--learning-rate", type=float, default=2e-3, help="peak, after warm-up")
-    training.add_argument("--final-lr-share", type=float, default=0.05, help="end of the cosine")
-    training.add_argument("--warmup-steps", type=int, default=200)
-    training.add_argument("--weight-decay", type=float, default=0.1, help="matrices only")
-    training.add_argument("--beta2", type=float, default=0.95)
-    training.add_argument("--clip-norm", type=float, default=1.0)
-    training.add_argument("--eval-every", type=int, default=250, help="steps")
-    training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--threads", type=int, default=2)
+    for name, (default, description) in HYPERPARAMETERS.items():
+        choices = ["bf16", "fp32"] if name == "precision" else None
+        kind = type(default)
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=kind, default=default, choices=choices, help=description)
     return parser.parse_args()
 
 
@@ -129,8 +140,10 @@ def training_batches(
 
 def token_losses(model: LlamaForCausalLM, windows: Tensor) -> Tensor:
     """Negative log-likelihood in nats of each next token: ``[B, T + 1]`` → ``[B, T]``."""
-    logits_BTV = model(input_ids=windows[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits_BTV.transpose(1, 2), windows[:, 1:], reduction="none")
+    logits_BTV = model(input_ids=windows[:, :-1], use_cache=False).logits.float()
+    targets_BT = windows[:, 1:]
+    losses = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
+    return losses.view_as(targets_BT)
 
 
 @torch.no_grad()
@@ -140,15 +153,6 @@ def heldout_losses(model: LlamaForCausalLM, windows: Tensor, batch_size: int = 3
     losses = torch.cat([token_losses(model, batch) for batch in windows.split(batch_size)])
     model.train()
     return losses.mean(0)
-
-
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then a cosine from the peak to its final share."""
-    if step < args.warmup_steps:
-        return args.learning_rate * (step + 1) / args.warmup_steps
-    progress = (step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
-    floor = args.final_lr_share
-    return args.learning_rate * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> LlamaForCausalLM:
@@ -175,43 +179,61 @@ def train(
 ) -> list[dict[str, float]]:
     """Train in place, leave the weights with the lowest held-out loss, and return the log."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    norms = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors}],
+        [{"params": matrices}, {"params": norms, "weight_decay": 0.0}],
+        lr=args.learning_rate,
         betas=(0.9, args.beta2),
-        weight_decay=0.0,
+        weight_decay=args.weight_decay,
     )
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, args.warmup_steps, args.steps, min_lr_rate=args.final_lr_share
+    )
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16")
     log: list[dict[str, float]] = []
     best: dict[str, Tensor] = {}
     started, running = time.monotonic(), 0.0
     batches = training_batches(documents, args.context, args.batch_size, args.seed)
     for step, batch in zip(range(args.steps), batches, strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        loss = token_losses(model, batch).mean()
+        with autocast:
+            loss = token_losses(model, batch).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         running += loss.item()
         if (step + 1) % args.eval_every and step + 1 != args.steps:
             continue
-        since = step + 1 - (log[-1]["step"] if log else 0)
-        row = {"step": step + 1, "train_loss": running / since, "seconds": 0.0}
-        row["heldout_loss"] = heldout_losses(model, heldout).mean().item()
-        row["seconds"] = time.monotonic() - started
-        if not log or row["heldout_loss"] < min(r["heldout_loss"] for r in log):
+        with autocast:
+            heldout_loss = heldout_losses(model, heldout).mean().item()
+        if all(heldout_loss < row["heldout_loss"] for row in log):
             best = {name: value.clone() for name, value in model.state_dict().items()}
-        log.append({name: round(value, 4) for name, value in row.items()})
+        train_loss = running / (step + 1 - (log[-1]["step"] if log else 0))
         running = 0.0
-        print(
-            f"step {step + 1:5d}/{args.steps}  train loss {row['train_loss']:.3f}  held-out loss "
-            f"{row['heldout_loss']:.3f} (perplexity {math.exp(row['heldout_loss']):.1f})  "
-            f"{row['seconds']:.0f} s",
-            flush=True,
-        )
+        row = {"step": step + 1, "train_loss": train_loss, "heldout_loss": heldout_loss}
+        log.append({name: round(value, 4) for name, value in row.items()})
+        log[-1]["seconds"] = round(time.monotonic() - started)
+        print(json.dumps(log[-1]), flush=True)
     model.load_state_dict(best)
     return log
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, model_dir: Path) -> None:
+    """Save weights in bfloat16: half the size, for no visible change of the held-out perplexity.
+
+    Two entries are put right for whoever loads the folder. The config says float32, so that a
+    load without a dtype computes in float32, as a CPU wants, rather than in the stored type. The
+    tokenizer class is the one that transformers 4 and 5 both know; 5 writes a name of its own.
+    """
+    model.to(torch.bfloat16).save_pretrained(model_dir)
+    tokenizer.save_pretrained(model_dir)
+    for name, entry in (
+        ("config.json", {"dtype": "float32"}),
+        ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"}),
+    ):
+        content = json.loads((model_dir / name).read_text()) | entry
+        (model_dir / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def main() -> None:
@@ -227,55 +249,43 @@ def main() -> None:
     heldout_documents = encode(tokenizer, heldout_texts)
     heldout = torch.cat([cut(document, args.context) for document in heldout_documents])
     model = build_model(tokenizer, args)
-    train_tokens = sum(map(len, documents))
-    print(
-        f"{model.num_parameters():,} parameters; {train_tokens:,} training tokens in "
-        f"{len(documents)} books, {sum(map(len, heldout_documents)):,} held-out tokens in "
-        f"{len(heldout_documents)}; {args.steps * args.batch_size * args.context:,} to train on",
-        flush=True,
-    )
-    log = train(model, documents, heldout, args)
-
-    # Stored in bfloat16, half the size for a change of perplexity in the fourth digit. The config
-    # still says float32: loaded without a dtype it then computes in float32, as a CPU wants.
-    model.to(torch.bfloat16).save_pretrained(args.model_dir)
-    tokenizer.save_pretrained(args.model_dir)
-    config_file = args.model_dir / "config.json"
-    config = json.loads(config_file.read_text()) | {"dtype": "float32"}
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
-
-    losses_T = heldout_losses(LlamaForCausalLM.from_pretrained(args.model_dir), heldout)
-    edges = [0, *(2**k for k in range(5, 20) if 2**k < args.context), args.context]
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "options": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
+    size = {
         "parameters": model.num_parameters(),
         "train_books": len(documents),
-        "train_tokens": train_tokens,
+        "train_tokens": sum(map(len, documents)),
         "heldout_books": len(heldout_documents),
         "heldout_tokens": sum(map(len, heldout_documents)),
         "tokens_trained_on": args.steps * args.batch_size * args.context,
-        "epochs": round(args.steps * args.batch_size * args.context / train_tokens, 2),
+    }
+    print(json.dumps(size), flush=True)
+    log = train(model, documents, heldout, args)
+    save(model, tokenizer, args.model_dir)
+
+    losses_T = heldout_losses(LlamaForCausalLM.from_pretrained(args.model_dir), heldout)
+    eighth = args.context // 8
+    buckets = [(0, eighth), (eighth, 2 * eighth), (2 * eighth, 4 * eighth), (4 * eighth, None)]
+    perplexity_by_position = {
+        f"{low}-{high or args.context}": round(losses_T[low:high].mean().exp().item(), 2)
+        for low, high in buckets
+    }
+    record = {
+        "command": shlex.join(["python", *sys.argv]),
+        "hyperparameters": {name: getattr(args, name) for name in HYPERPARAMETERS},
+        **size,
         "kept_step": min(log, key=lambda row: row["heldout_loss"])["step"],
         "final_train_loss": log[-1]["train_loss"],
         "heldout_loss": round(losses_T.mean().item(), 4),
         "heldout_perplexity": round(losses_T.mean().exp().item(), 2),
-        "heldout_perplexity_by_position": {
-            f"{low}-{high}": round(losses_T[low:high].mean().exp().item(), 2)
-            for low, high in zip(edges, edges[1:], strict=False)
-        },
+        "heldout_perplexity_by_position": perplexity_by_position,
         "seconds": log[-1]["seconds"],
         "log": log,
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
+            **{module.__name__: module.__version__ for module in (torch, transformers, tokenizers)},
         },
-        "machine": f"{platform.system()} {platform.machine()}",
     }
     (args.model_dir / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps({k: v for k, v in record.items() if k.startswith("heldout")}, indent=2))
+    print(json.dumps({name: record[name] for name in record if "heldout" in name}, indent=2))
 
 
 if __name__ == "__main__":

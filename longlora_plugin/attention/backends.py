@@ -1,0 +1,133 @@
+"""Which kernel computes S²-Attn, by transformers' name of the attention implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from longlora_plugin.attention import documents as docs
+from longlora_plugin.attention.flex import flex_attention
+from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
+from longlora_plugin.attention.sdpa import eager_kernel, grouped_attention, sdpa_kernel
+from longlora_plugin.attention.varlen import varlen_attention
+
+Backend = Callable[..., torch.Tensor]
+
+SUPPORTED = (
+    "sdpa",
+    "eager",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+    "a flash-attn kernel of the hub (kernels-community/flash-attn2, …)",
+)
+
+
+def backend_for(implementation: str | None) -> Backend:
+    """The function that computes S²-Attn where the stock model would use `implementation`.
+
+    Raises:
+        ValueError: S²-Attn has no such back end; names the supported ones.
+    """
+    if implementation == "sdpa":
+        return partial(grouped_attention, kernel=sdpa_kernel)
+    if implementation == "eager":
+        return partial(grouped_attention, kernel=eager_kernel)
+    if implementation == "flex_attention":
+        return flex_attention
+    name = (implementation or "").split("@")[0]
+    if name in ("flash_attention_2", "flash_attention_3", "flash_attention_4") or (
+        "/" in name and "flash" in name
+    ):
+        return partial(varlen_attention, implementation=implementation)
+    raise ValueError(
+        f"shifted attention does not support attn_implementation: {implementation}; "
+        f"write one of {', '.join(SUPPORTED)}, or longlora: {{shifted_attention: false}}"
+    )
+
+
+def check_group_size(group_size: int) -> None:
+    """Raise ValueError unless `group_size` is an even number of tokens, at least 2."""
+    if isinstance(group_size, bool) or not isinstance(group_size, int):
+        raise ValueError(f"group_size must be a whole number of tokens, got {group_size!r}")
+    if group_size < 2 or group_size % 2:
+        raise ValueError(f"group_size must be even and at least 2, got {group_size}")
+
+
+def shifted_sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    group_size: int,
+    scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    full_attention_below: int = 0,
+    backend: str = "sdpa",
+    pattern: AttentionPattern = S2,
+) -> torch.Tensor:
+    """Shifted sparse attention (LongLoRA, section 3.2, the variant that leaks nothing).
+
+    Half of the KV heads attend causally inside groups of `group_size` tokens, the other half
+    inside groups moved by half a group; query heads go with their KV head.
+
+    Args:
+        query: [batch, heads, seq, head_dim].
+        key, value: [batch, kv_heads, seq, head_dim]; `heads` is a multiple of `kv_heads`.
+        group_size: tokens in a group, even, at least 2; any `seq` works.
+        scale: factor on the scores; default head_dim ** -0.5.
+        cu_seqlens: int32 [documents + 1], boundaries of packed documents; batch must be 1.
+        full_attention_below: documents of up to this many tokens use full causal attention.
+        backend: transformers' name of an attention implementation (`sdpa`, `eager`,
+            `flash_attention_2`, `flex_attention`, …).
+        pattern: who attends to whom.
+
+    Returns:
+        [batch, heads, seq, head_dim].
+
+    Raises:
+        ValueError: shapes, group size, boundaries or back end are not as above.
+    """
+    check_group_size(group_size)
+    if full_attention_below < 0:
+        raise ValueError(f"full_attention_below must not be negative, got {full_attention_below}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must be [batch, heads, seq, head_dim], got shape {list(tensor.shape)}"
+            )
+    batch, heads, length, head_dim = query.shape
+    kv_heads = key.shape[1]
+    if (
+        key.shape != (batch, kv_heads, length, head_dim)
+        or value.shape[:3] != key.shape[:3]
+        or heads % kv_heads
+    ):
+        raise ValueError(
+            f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do "
+            "not fit: batch, seq and head_dim must be equal, heads a multiple of kv_heads"
+        )
+    if cu_seqlens is not None and batch != 1:
+        raise ValueError(f"cu_seqlens describes one packed row, got a batch of {batch}")
+    attend = backend_for(backend)
+    if 0 in query.shape:
+        return query.new_zeros(batch, heads, length, value.shape[-1])
+    documents = (
+        docs.whole_rows(batch, length)
+        if cu_seqlens is None
+        else docs.from_boundaries(cu_seqlens, length)
+    )
+    out_BNHD = attend(
+        query,
+        key,
+        value,
+        documents=documents,
+        runs=head_runs(pattern, heads, kv_heads, group_size),
+        group_size=group_size,
+        full_attention_below=full_attention_below,
+        scale=scale,
+    )
+    return out_BNHD.transpose(1, 2)

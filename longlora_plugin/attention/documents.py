@@ -1,0 +1,149 @@
+"""Where documents lie in a batch, from whatever the model was given: masks, positions, boundaries.
+
+Shapes: B rows, N tokens a row. *Flattened* means all real (not padding) tokens of all rows in
+order; documents are intervals of it. Padding belongs to no document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from longlora_plugin.attention.layout import Segments
+
+PADDING = -1
+"""Document number of padding in `document_ids`."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents of one batch.
+
+    Attributes:
+        batch, length: B and N.
+        intervals: (first token, tokens) of each document, flattened.
+        real: int64 [real tokens], index in B·N of each real token; None where all are real.
+    """
+
+    batch: int
+    length: int
+    intervals: Segments
+    real: torch.Tensor | None = None
+
+    @property
+    def are_rows(self) -> bool:
+        """Each row is one document without padding: tokens can be folded instead of gathered."""
+        return self.real is None and len(self.intervals) == self.batch
+
+
+def whole_rows(batch: int, length: int) -> Documents:
+    """Every row is one document."""
+    return Documents(batch, length, tuple((row * length, length) for row in range(batch)))
+
+
+def from_boundaries(cu_seqlens: torch.Tensor, length: int) -> Documents:
+    """One row of packed documents.
+
+    Args:
+        cu_seqlens: integer [documents + 1], from 0 to `length`, never decreasing.
+
+    Raises:
+        ValueError: the boundaries do not cover the row.
+    """
+    cuts = cu_seqlens.tolist()
+    if len(cuts) < 2 or cuts[0] != 0 or cuts[-1] != length or cuts != sorted(cuts):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the row's {length} tokens, got {cuts[:8]}"
+            f"{'…' if len(cuts) > 8 else ''} (last {cuts[-1] if cuts else None})"
+        )
+    return Documents(1, length, tuple((a, b - a) for a, b in pairwise(cuts) if b > a))
+
+
+def from_ids(
+    document_ids: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    *,
+    batch: int,
+    length: int,
+) -> Documents:
+    """Documents from ids and from positions that start anew; both may be missing.
+
+    Args:
+        document_ids: integer [B, N], equal ids that follow each other are one document,
+            `PADDING` is padding.
+        position_ids: integer [B, N] or [1, N]; a document starts where one is not its
+            predecessor plus one.
+    """
+    if document_ids is None and position_ids is None:
+        return whole_rows(batch, length)
+    device = "cpu" if document_ids is None else document_ids.device
+    starts = torch.zeros(batch * length, dtype=torch.bool, device=device)
+    starts[::length] = True
+    real = None
+    if document_ids is not None:
+        ids = document_ids.reshape(-1)
+        kept = (ids != PADDING).nonzero().flatten()
+        if len(kept) < len(ids):
+            real, ids = kept, ids[kept]
+            rows = kept // length
+            starts = torch.ones(len(kept), dtype=torch.bool, device=device)
+            starts[1:] = rows[1:] != rows[:-1]
+        starts[1:] |= ids[1:] != ids[:-1]
+    if position_ids is not None:
+        positions = position_ids.expand(batch, length).reshape(-1).to(device)
+        if real is not None:
+            positions = positions[real]
+        starts[1:] |= positions[1:] != positions[:-1] + 1
+    cuts = [*starts.nonzero().flatten().tolist(), len(starts)]
+    intervals = tuple((a, b - a) for a, b in pairwise(cuts))
+    return Documents(batch, length, intervals, real)
+
+
+def ids_of_mask(
+    mask_function: Callable[..., torch.Tensor],
+    padding_mask: torch.Tensor | None,
+    *,
+    batch: int,
+    length: int,
+    device: torch.device | str,
+) -> torch.Tensor | None:
+    """Document ids of an index-based mask function of transformers, in O(B·N).
+
+    transformers describes a mask as a function of (row, head, query, key). Asked about a few
+    pairs a token instead of all N × N, it says all that S² needs: whether a token sees its
+    predecessor (else a document starts), its successor (else the mask is causal), and the start
+    of its document (else the window is limited).
+
+    Args:
+        mask_function: takes four broadcastable index tensors.
+        padding_mask: bool [B, ≥ N], True for real tokens; None where all are.
+
+    Returns:
+        int64 [B, N] document ids, `PADDING` for padding; None where the mask is not causal
+        attention to the whole document.
+    """
+    rows = torch.arange(batch, device=device)[:, None]
+    head = torch.zeros((), dtype=torch.long, device=device)
+    here = torch.arange(length, device=device).expand(batch, -1)
+    real = (
+        torch.ones(batch, length, dtype=torch.bool, device=device)
+        if padding_mask is None
+        else padding_mask[:, :length].bool()
+    )
+
+    def sees(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return mask_function(rows, head, query, key).expand(batch, query.shape[1])
+
+    if length > 1 and bool(sees(here[:, :-1], here[:, 1:]).any()):
+        return None
+    # A hole of padding inside a row must not end the document: compare with the last real token.
+    last_real = torch.where(real, here, -1).cummax(dim=1).values
+    previous = torch.cat([here.new_full((batch, 1), -1), last_real[:, :-1]], dim=1)
+    start = real & ((previous < 0) | ~sees(here, previous.clamp(min=0)))
+    first = torch.where(start, here, 0).cummax(dim=1).values
+    if not bool((sees(here, first) | ~real).all()):
+        return None
+    return torch.where(real, start.cumsum(dim=1), PADDING)

@@ -1,0 +1,242 @@
+"""S²-Attn on dense kernels, without a mask, a roll, or repeated keys and values.
+
+Whole rows are *folded*: the tokens between the first and the last cut are a multiple of G, so
+[B, h, n·G, D] becomes [B·n, h, G, D], a view of what attention modules produce. Packed or padded
+rows are *gathered*: segments of like length become one batch, padded at the end, which causal
+attention ignores by itself.
+
+Shape suffixes: B rows, H query heads, K KV heads, N tokens, D head size, S segments, L tokens a
+segment, T real tokens of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch.nn import functional
+
+from longlora_plugin.attention.documents import Documents
+from longlora_plugin.attention.layout import HeadRun, Segments, ends, segments
+
+Kernel = Callable[..., torch.Tensor]
+"""Causal attention of a batch of segments:
+(q_SHLD, k_SKLD, v_SKLD, *, scale, dropout, softcap, sinks_H) → out_SHLD."""
+
+
+def sdpa_kernel(
+    q_SHLD: torch.Tensor,
+    k_SKLD: torch.Tensor,
+    v_SKLD: torch.Tensor,
+    *,
+    scale: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks_H: torch.Tensor | None,
+) -> torch.Tensor:
+    """PyTorch's scaled dot product attention.
+
+    It knows no softcap: transformers' own sdpa path ignores it too, and training must not differ
+    from evaluation in that.
+    """
+    if sinks_H is not None:
+        raise ValueError(
+            "sdpa has no attention sinks; write attn_implementation: eager, flash_attention_3 "
+            "or flex_attention"
+        )
+    head_dim, v_head_dim = q_SHLD.shape[-1], v_SKLD.shape[-1]
+    if scale is None:
+        scale = head_dim**-0.5
+    # The fused kernels want one head size; zeros change neither scores nor the columns kept (MLA).
+    if v_head_dim < head_dim:
+        v_SKLD = functional.pad(v_SKLD, (0, head_dim - v_head_dim))
+    elif v_head_dim > head_dim:
+        padding = (0, v_head_dim - head_dim)
+        q_SHLD, k_SKLD = functional.pad(q_SHLD, padding), functional.pad(k_SKLD, padding)
+    out_SHLD = functional.scaled_dot_product_attention(
+        q_SHLD,
+        k_SKLD,
+        v_SKLD,
+        dropout_p=dropout,
+        is_causal=True,
+        scale=scale,
+        enable_gqa=q_SHLD.shape[1] != k_SKLD.shape[1],
+    )
+    return out_SHLD[..., :v_head_dim]
+
+
+def eager_kernel(
+    q_SHLD: torch.Tensor,
+    k_SKLD: torch.Tensor,
+    v_SKLD: torch.Tensor,
+    *,
+    scale: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks_H: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention written out, with softcap (Gemma 2) and sinks (gpt-oss); softmax in fp32 or more.
+
+    Holds S × H × L × L scores, that is N·G of them, never N × N.
+    """
+    n_segments, heads, length, head_dim = q_SHLD.shape
+    kv_heads = k_SKLD.shape[1]
+    # Query heads that share a KV head become rows of one product, so nothing is repeated.
+    q_SKRD = q_SHLD.reshape(n_segments, kv_heads, heads // kv_heads * length, head_dim)
+    scores = (q_SKRD @ k_SKLD.transpose(-1, -2)) * (head_dim**-0.5 if scale is None else scale)
+    scores = scores.view(n_segments, heads, length, length)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    later = torch.ones(length, length, dtype=torch.bool, device=q_SHLD.device).triu(1)
+    scores = scores.masked_fill(later, -torch.inf).to(
+        torch.promote_types(scores.dtype, torch.float32)
+    )
+    if sinks_H is not None:
+        sink = sinks_H.to(scores.dtype).view(1, heads, 1, 1).expand(n_segments, heads, length, 1)
+        probabilities = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        probabilities = scores.softmax(dim=-1)
+    probabilities = functional.dropout(probabilities.to(q_SHLD.dtype), p=dropout)
+    out = probabilities.view(n_segments, kv_heads, -1, length) @ v_SKLD
+    return out.view(n_segments, heads, length, v_SKLD.shape[-1])
+
+
+def grouped_attention(
+    q_BHND: torch.Tensor,
+    k_BKND: torch.Tensor,
+    v_BKND: torch.Tensor,
+    *,
+    documents: Documents,
+    runs: tuple[HeadRun, ...],
+    group_size: int,
+    full_attention_below: int,
+    kernel: Kernel,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks_H: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention inside segments with a dense kernel.
+
+    Returns:
+        [B, N, H, D], the order in which attention modules go on; padding is zero.
+    """
+    outputs = []
+    for run in runs:
+
+        def attend(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: HeadRun = run
+        ) -> torch.Tensor:
+            sinks = None if sinks_H is None else sinks_H[run.query]
+            return kernel(q, k, v, scale=scale, dropout=dropout, softcap=softcap, sinks_H=sinks)
+
+        heads = (q_BHND[:, run.query], k_BKND[:, run.kv], v_BKND[:, run.kv])
+        if not documents.are_rows:
+            cut = segments(documents.intervals, group_size, run.shift, full_attention_below)
+            outputs.append(_gathered(*heads, attend, cut, documents))
+        elif documents.length <= full_attention_below:
+            outputs.append(attend(*heads).transpose(1, 2))
+        else:
+            cuts = ends(documents.length, group_size, run.shift)
+            outputs.append(_folded(*heads, attend, group_size, cuts))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _folded(
+    q_BHND: torch.Tensor,
+    k_BKND: torch.Tensor,
+    v_BKND: torch.Tensor,
+    attend: Kernel,
+    group_size: int,
+    cuts: tuple[int, int, int],
+) -> torch.Tensor:
+    lead, groups, tail = cuts
+    batch, length = q_BHND.shape[0], q_BHND.shape[2]
+    tensors = (q_BHND, k_BKND, v_BKND)
+    middle_end = length - tail
+
+    def tokens(first: int, last: int) -> list[torch.Tensor]:
+        return [x[:, :, first:last] for x in tensors]
+
+    def fold(x_BhnD: torch.Tensor) -> torch.Tensor:
+        b, h, n, d = x_BhnD.shape
+        x = x_BhnD.transpose(1, 2).reshape(b * n // group_size, group_size, h, d)
+        return x.transpose(1, 2)
+
+    pieces = []
+    if lead and lead == tail:
+        both = [
+            torch.cat(pair)
+            for pair in zip(tokens(0, lead), tokens(middle_end, length), strict=True)
+        ]
+        first, last = attend(*both).transpose(1, 2).split(batch)
+        pieces = [first, last]
+    else:
+        if lead:
+            pieces.append(attend(*tokens(0, lead)).transpose(1, 2))
+        if tail:
+            pieces.append(attend(*tokens(middle_end, length)).transpose(1, 2))
+    if groups:
+        folded = attend(*[fold(x) for x in tokens(lead, middle_end)]).transpose(1, 2)
+        middle = folded.reshape(batch, middle_end - lead, *folded.shape[2:])
+        pieces.insert(1 if lead else 0, middle)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+@lru_cache(maxsize=16)
+def _gather_plan(cut: Segments, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Index tensors of a gather: per batch of segments [S, L] tokens, and [T] the way back.
+
+    Lengths are rounded up to powers of two, so that a row of many short documents is a few
+    kernel calls. What is added repeats the segment's last token, after all that may look at it.
+    """
+    longest = max(length for _, length in cut)
+    alike: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for start, length in cut:
+        alike[min(longest, 1 << (length - 1).bit_length())].append((start, length))
+    batches = []
+    back = torch.empty(sum(length for _, length in cut), dtype=torch.long)
+    offset = 0
+    for width, members in alike.items():
+        start_S, length_S = torch.tensor(members).unbind(1)
+        column_L = torch.arange(width)
+        token_SL = start_S[:, None] + torch.minimum(column_L, length_S[:, None] - 1)
+        real_SL = column_L < length_S[:, None]
+        place_SL = offset + torch.arange(token_SL.numel()).view_as(token_SL)
+        back[token_SL[real_SL]] = place_SL[real_SL]
+        offset += token_SL.numel()
+        batches.append(token_SL.to(device))
+    return batches, back.to(device)
+
+
+def _gathered(
+    q_BHND: torch.Tensor,
+    k_BKND: torch.Tensor,
+    v_BKND: torch.Tensor,
+    attend: Kernel,
+    cut: Segments,
+    documents: Documents,
+) -> torch.Tensor:
+    batches, back_T = _gather_plan(cut, q_BHND.device)
+    flat = [flatten(x, documents) for x in (q_BHND, k_BKND, v_BKND)]
+    outputs = []
+    for token_SL in batches:
+        q, k, v = (x_ThD[token_SL].transpose(1, 2) for x_ThD in flat)
+        outputs.append(attend(q, k, v).transpose(1, 2).flatten(0, 1))
+    return unflatten(torch.cat(outputs)[back_T], documents)
+
+
+def flatten(x_BhND: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """[B, h, N, D] → [T, h, D], real tokens only."""
+    x_BNhD = x_BhND.transpose(1, 2).flatten(0, 1)
+    return x_BNhD if documents.real is None else x_BNhD[documents.real.to(x_BNhD.device)]
+
+
+def unflatten(x_ThD: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """[T, h, D] → [B, N, h, D], zero at padding."""
+    if documents.real is not None:
+        out = x_ThD.new_zeros(documents.batch * documents.length, *x_ThD.shape[1:])
+        x_ThD = out.index_copy(0, documents.real.to(x_ThD.device), x_ThD)
+    return x_ThD.view(documents.batch, documents.length, *x_ThD.shape[1:])

@@ -1,0 +1,79 @@
+"""S²-Attn on FlashAttention's variable-length kernels: one call a run of heads (two for S²).
+
+Segments are what `cu_seqlens` was made for. The kernel is found by transformers' own dispatcher,
+so FlashAttention 2, 3, 4 and hub kernels all work as they do in the stock model.
+
+Shape suffixes as in `sdpa.py`; T real tokens of the whole batch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from longlora_plugin.attention.documents import Documents
+from longlora_plugin.attention.layout import HeadRun, Segments, segments
+from longlora_plugin.attention.sdpa import flatten, unflatten
+
+
+@lru_cache(maxsize=16)
+def _cu_seqlens(cut: Segments, device: torch.device) -> tuple[torch.Tensor, int]:
+    cuts = [start for start, _ in cut] + [sum(cut[-1])]
+    longest = max(length for _, length in cut)
+    return torch.tensor(cuts, dtype=torch.int32, device=device), longest
+
+
+def varlen_attention(
+    q_BHND: torch.Tensor,
+    k_BKND: torch.Tensor,
+    v_BKND: torch.Tensor,
+    *,
+    documents: Documents,
+    runs: tuple[HeadRun, ...],
+    group_size: int,
+    full_attention_below: int,
+    implementation: str,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks_H: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention inside segments with a FlashAttention kernel (fp16 or bf16).
+
+    Args:
+        implementation: transformers' name of the kernel, for example `flash_attention_2`.
+
+    Returns:
+        [B, N, H, D]; padding is zero.
+    """
+    from transformers.modeling_flash_attention_utils import _flash_attention_forward
+
+    head_dim, v_head_dim = q_BHND.shape[-1], v_BKND.shape[-1]
+    if v_head_dim < head_dim:
+        v_BKND = torch.nn.functional.pad(v_BKND, (0, head_dim - v_head_dim))
+    q_THD, k_TKD, v_TKD = (flatten(x, documents) for x in (q_BHND, k_BKND, v_BKND))
+    outputs = []
+    for run in runs:
+        cut = segments(documents.intervals, group_size, run.shift, full_attention_below)
+        cu_seqlens, longest = _cu_seqlens(cut, q_THD.device)
+        sinks = {} if sinks_H is None else {"s_aux": sinks_H[run.query].to(q_THD.dtype)}
+        out = _flash_attention_forward(
+            q_THD[None, :, run.query],
+            k_TKD[None, :, run.kv],
+            v_TKD[None, :, run.kv],
+            attention_mask=None,
+            query_length=q_THD.shape[0],
+            is_causal=True,
+            dropout=dropout,
+            softmax_scale=head_dim**-0.5 if scale is None else scale,
+            softcap=softcap,
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=longest,
+            max_length_k=longest,
+            attn_implementation=implementation,
+            **sinks,
+        )
+        outputs.append(out[0, ..., :v_head_dim])
+    return unflatten(torch.cat(outputs, dim=1), documents)
