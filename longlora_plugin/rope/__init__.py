@@ -1,0 +1,28 @@
+"""RoPE scaling: from a preset's name to the `rope_parameters` of a transformers 5 config.
+
+Two contexts of the base model matter. Its *original* context is what it was pretrained on before
+any scaling (8192 for Llama 3.1), its *supported* context what it handles now (131072). They are the
+same number for an unscaled model. `base` reads them from a config, `presets` holds the presets,
+`resolve` puts both together. Loads no torch, and transformers only to read a config by its type.
+"""
+
+from longlora_plugin.rope.base import (
+    has_rope,
+    original_context_of,
+    rope_parameters_of,
+    supported_context_of,
+)
+from longlora_plugin.rope.presets import PRESETS, RopeRequest
+from longlora_plugin.rope.resolve import RopeSettings, apply_rope, resolve_rope
+
+__all__ = [
+    "PRESETS",
+    "RopeRequest",
+    "RopeSettings",
+    "apply_rope",
+    "has_rope",
+    "original_context_of",
+    "resolve_rope",
+    "rope_parameters_of",
+    "supported_context_of",
+]
