@@ -183,9 +183,11 @@ def held_out_data(raw: Mapping[str, Any]) -> tuple[list[str], str]:
         files = entry.get("data_files") or entry.get("path")
         paths += [files] if isinstance(files, str) else list(files or [])
         kind = entry.get("type")
-        text_field = entry.get("field") or (
-            kind.get("field") if isinstance(kind, Mapping) else None
-        ) or text_field
+        text_field = (
+            entry.get("field")
+            or (kind.get("field") if isinstance(kind, Mapping) else None)
+            or text_field
+        )
     if not paths:
         raise ValueError(
             "no data to evaluate on: the recipe has no test_datasets. Give --data FILE, a folder "

@@ -219,7 +219,7 @@ def score_documents(
     rank: int = 0,
     processes: int = 1,
     gather: Callable[[list[Any]], list[Any]] = lambda items: items,
-    on_progress: Callable[[int], None] = lambda tokens: None,
+    on_progress: Callable[[int, int], None] = lambda tokens, total: None,
 ) -> Scores:
     """Read documents through sliding windows and score their tokens.
 
@@ -231,7 +231,7 @@ def score_documents(
         batch_size: windows in a forward pass; None for as many as make `BATCH_TOKENS` tokens.
         rank, processes, gather: this process takes every `processes`-th batch; `gather` joins
             what all processes found, in any order.
-        on_progress: told the tokens read of each batch.
+        on_progress: told, after each batch, its tokens and those of this process in all.
 
     Raises:
         ValueError: no window fits.
@@ -244,7 +244,9 @@ def score_documents(
     batches = list(_batches(windows, batch_size or max(1, BATCH_TOKENS // length)))
     parts: list[Any] = []
     whole_logits: bool | None = None
-    for batch in batches[rank::processes]:
+    mine = batches[rank::processes]
+    total = sum(windows[w].read for batch in mine for w in batch)
+    for batch in mine:
         ids = torch.from_numpy(
             np.stack(
                 [documents[windows[w].document][windows[w].start : windows[w].end] for w in batch]
@@ -256,7 +258,7 @@ def score_documents(
             losses = token_losses(model, ids, whole_logits=whole_logits).cpu().numpy()
         for row, w in zip(losses, batch, strict=True):
             parts.append((w, *_summary(windows[w], row, edges, score)))
-        on_progress(ids.numel())
+        on_progress(ids.numel(), total)
     return _scores(windows, edges, gather(parts), [len(document) for document in documents])
 
 
@@ -279,10 +281,10 @@ def _summary(
     bucket = np.searchsorted(edges, positions, side="left") - 1
     bucket = np.minimum(bucket, len(edges) - 2)
     wide = losses.astype(np.float64)
-    sums = np.bincount(bucket, weights=wide, minlength=len(edges) - 1)
-    counts = np.bincount(bucket, minlength=len(edges) - 1)
+    sums = np.bincount(bucket, weights=wide, minlength=len(edges) - 1).astype(np.float64)
+    counts = np.bincount(bucket, minlength=len(edges) - 1).astype(np.int64)
     scored = wide[window.scored_from - window.start - 1 :]
-    return sums, counts, float(scored.sum()), losses
+    return sums, counts, float(scored.sum()), losses[window.new_from - window.start - 1 :]
 
 
 def _scores(
@@ -293,13 +295,9 @@ def _scores(
         raise RuntimeError("some windows were scored twice or not at all across the processes")
     offsets = np.concatenate([[0], np.cumsum([max(0, tokens - 1) for tokens in document_lengths])])
     token_losses = np.full(int(offsets[-1]), np.nan, dtype=np.float32)
-    for (_, _, _, _, losses), window in zip(parts, windows, strict=True):
-        # The first window that reads a token is the one in which it is new.
-        place = token_losses[
-            offsets[window.document] + window.start : offsets[window.document] + window.end - 1
-        ]
-        unseen = np.isnan(place)
-        place[unseen] = losses[unseen]
+    for (*_, new_losses), window in zip(parts, windows, strict=True):
+        first = offsets[window.document] + window.new_from - 1
+        token_losses[first : first + len(new_losses)] = new_losses
     return Scores(
         windows=windows,
         edges=edges,

@@ -32,12 +32,14 @@ class Window:
         start: first token read.
         end: one past the last token read.
         scored_from: first token scored, above `start`: the first token of a window has no context.
+        new_from: first token that no window before reads with context; `scored_from` in mode `new`.
     """
 
     document: int
     start: int
     end: int
     scored_from: int
+    new_from: int
 
     @property
     def read(self) -> int:
@@ -76,11 +78,13 @@ def sliding_windows(
             if score == "all":
                 if end - start < length:
                     break
-                windows.append(Window(document, start, end, start + 1))
-                continue
-            if end > scored_until:
-                windows.append(Window(document, min(start, scored_until - 1), end, scored_until))
-                scored_until = end
+                windows.append(
+                    Window(document, start, end, start + 1, max(start + 1, scored_until))
+                )
+            else:
+                start = min(start, scored_until - 1)
+                windows.append(Window(document, start, end, scored_until, scored_until))
+            scored_until = end
             if end == tokens:
                 break
     return windows
