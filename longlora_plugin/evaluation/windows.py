@@ -73,7 +73,7 @@ def sliding_windows(
     windows = []
     for document, tokens in enumerate(document_lengths):
         scored_until = 1
-        for start in range(0, max(0, tokens - 1), stride):
+        for start in range(0, tokens if tokens > 1 else 0, stride):
             end = min(start + length, tokens)
             if score == "all":
                 if end - start < length:
