@@ -42,7 +42,7 @@ def backend_for(implementation: str | None) -> Backend:
     if name in ("flash_attention_2", "flash_attention_3", "flash_attention_4") or (
         "/" in name and "flash" in name
     ):
-        return partial(varlen_attention, implementation=implementation)
+        return partial(varlen_attention, implementation=str(implementation))
     raise ValueError(
         f"shifted attention does not support attn_implementation: {implementation}; "
         f"write one of {', '.join(SUPPORTED)}, or longlora: {{shifted_attention: false}}"

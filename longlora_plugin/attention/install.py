@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -63,10 +64,15 @@ class ShiftedAttention:
         self.active = True
         self.calls = 0
         self._modules = modules
+        self._copies: WeakSet[torch.nn.Module] = WeakSet()
         self._documents: tuple[Any, Any, docs.Documents] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShiftedAttention:
-        return self  # a copied model shares the handle, as it shares `remove()`
+        # A copied model shares the handle, as it shares `remove()`. `memo` holds the copies of
+        # the modules that copy.deepcopy has begun, the one that carries this mark among them.
+        known = [*self._modules, *self._copies]
+        self._copies.update(memo[id(module)] for module in known if id(module) in memo)
+        return self
 
     @property
     def layers(self) -> int:
@@ -75,7 +81,7 @@ class ShiftedAttention:
     def remove(self) -> None:
         """Bring the stock behaviour back; a second call does nothing."""
         self.active = False
-        for module in self._modules:
+        for module in [*self._modules, *self._copies]:
             if module.__dict__.get(_MARK) is self:
                 delattr(module, _MARK)
         if self in _enabled:
@@ -86,7 +92,9 @@ class ShiftedAttention:
     def training(self, config: Any) -> bool:
         """Whether a model of this `config` is about to train with S²-Attn."""
         return self.active and any(
-            module.training for module in self._modules if module.config is config
+            module.training
+            for module in [*self._modules, *self._copies]
+            if getattr(module, "config", None) is config
         )
 
     def attend(
@@ -252,9 +260,7 @@ def eligible_layers(model: torch.nn.Module) -> tuple[list[torch.nn.Module], Coun
     """Attention modules that S² may cover, and the reasons why others are not, counted."""
     covered: list[torch.nn.Module] = []
     skipped: Counter[str] = Counter()
-    for module in model.modules():
-        if not _is_attention(module):
-            continue
+    for module in attention_layers(model):
         reason = _why_not(module)
         if reason:
             skipped[reason] += 1
@@ -263,11 +269,17 @@ def eligible_layers(model: torch.nn.Module) -> tuple[list[torch.nn.Module], Coun
     return covered, skipped
 
 
-def _is_attention(module: torch.nn.Module) -> bool:
-    return hasattr(module, "config") and (
-        hasattr(module, "is_causal")
-        or (hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention"))
-    )
+def attention_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """All attention modules of a transformers model, of whatever kind."""
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "config")
+        and (
+            hasattr(module, "is_causal")
+            or (hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention"))
+        )
+    ]
 
 
 def _uses_registry(module: torch.nn.Module) -> bool:
@@ -292,10 +304,25 @@ def _why_not(module: torch.nn.Module) -> str | None:
     window = getattr(module, "sliding_window", None)
     if window is None and not layer_types:
         window = getattr(config, "sliding_window", None)
-    longest = getattr(config, "max_position_embeddings", None)
-    if window and (longest is None or window < longest):
+    if _is_limiting(config, window):
         return f"{name} has a sliding window of {window} tokens"
     return None
+
+
+def _is_limiting(config: Any, window: int | None) -> bool:
+    longest = getattr(config, "max_position_embeddings", None)
+    return bool(window) and (longest is None or window < longest)
+
+
+def _is_for_limited_layers(config: Any, local_size: int | None) -> bool:
+    """Whether a mask with a window or a chunk is for layers that S² does not cover.
+
+    A mixed model makes one mask a kind of layer. Rows shorter than the window would look like
+    full attention, so the mask function alone does not tell.
+    """
+    if local_size is None:
+        return False
+    return bool(getattr(config, "layer_types", None)) or _is_limiting(config, local_size)
 
 
 # --- the registries -------------------------------------------------------------------------
@@ -338,6 +365,7 @@ def _mask_wrapper(stock: Callable[..., Any]) -> Callable[..., Any]:
             or config is None
             or kwargs["q_length"] != kwargs["kv_length"]
             or kwargs.get("use_vmap")
+            or _is_for_limited_layers(config, kwargs.get("local_size"))
             or not any(handle.training(config) for handle in _enabled)
         ):
             return stock(*args, **kwargs)
