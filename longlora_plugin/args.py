@@ -26,7 +26,9 @@ class Resolved(BaseModel):
     target_context: int = Field(description="Tokens to extend to: the recipe's sequence_len.")
     rope_before: dict[str, Any] = Field(description="rope_parameters of the base model.")
     rope_after: dict[str, Any] = Field(description="rope_parameters of the run.")
-    max_position_embeddings: int = Field(description="Maximum written to the run's config.json.")
+    config_fields: dict[str, Any] = Field(
+        description="Fields of the run's and the merged model's config.json; {} if not extended."
+    )
 
 
 class LongLoRAConfig(BaseModel):

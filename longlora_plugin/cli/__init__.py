@@ -12,6 +12,8 @@ from typing import Any
 import click
 
 COMMANDS = {
+    "longqa": "Long-document question-answer data: build it, describe it.",
+    "plan": "Will a recipe fit, what will it cost; from the config alone.",
     "eval": "Perplexity by context length and position.",
 }
 """Command → its line in `--help`; each stands in the module `cli/<command>_command.py`."""

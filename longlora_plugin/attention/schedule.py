@@ -1,0 +1,65 @@
+"""When a run trains with S²-Attn and when with the model's own attention.
+
+The last steps with full attention repair most of what sparse training costs at long range. The
+switch follows the global step, so a resumed run switches where an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from longlora_plugin.attention.install import ShiftedAttention
+
+
+class AttentionSchedule(TrainerCallback):
+    """Switches S²-Attn off for the last steps, and sees that it really ran before.
+
+    Args:
+        handle: the model's S²-Attn.
+        full_attention_steps: function of the run's total steps → how many of the last ones use
+            full attention.
+        log: takes one line.
+    """
+
+    def __init__(
+        self,
+        handle: ShiftedAttention,
+        full_attention_steps: Callable[[int], int],
+        log: Callable[[str], None],
+    ) -> None:
+        self.handle = handle
+        self.full_attention_steps = full_attention_steps
+        self.log = log
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        first_full = state.max_steps - self.full_attention_steps(state.max_steps)
+        sparse = state.global_step < first_full
+        if sparse != self.handle.active:
+            self.handle.active = sparse
+            self.log(
+                f"step {state.global_step} of {state.max_steps}: training goes on with "
+                + ("shifted attention" if sparse else "full attention")
+            )
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self.handle.active and not self.handle.calls:
+            raise RuntimeError(
+                f"shifted attention covers {self.handle.layers} layers but ran in none of them; "
+                "something replaced their attention. Write longlora: {shifted_attention: false} "
+                "to train with full attention, and please report the model and the recipe"
+            )

@@ -1,0 +1,71 @@
+"""The one room beside `plugin.py` that imports Axolotl: what differs between its versions.
+
+Axolotl 0.19 to 0.21.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.logging import get_logger
+
+__all__ = ["BasePlugin", "RecipeError", "after_merge", "base_config", "log"]
+
+# Axolotl shows INFO for loggers of its own name only.
+log = get_logger("axolotl.longlora_plugin")
+
+HAS_MERGE_HOOK = hasattr(BasePlugin, "post_lora_merge")
+"""Axolotl 0.21 calls `post_lora_merge`; 0.19 calls nothing after a merge."""
+
+
+class RecipeError(ValueError, click.ClickException):
+    """A recipe that cannot run. The command line shows the message without a traceback."""
+
+    def __init__(self, message: str) -> None:
+        click.ClickException.__init__(self, message)
+
+
+def base_config(recipe: Mapping[str, Any]) -> Any:
+    """The base model's transformers config as Axolotl will load it, without its overrides."""
+    from axolotl.loaders.utils import load_model_config
+    from axolotl.utils.dict import DictDefault
+
+    keys = {
+        "base_model": ("base_model",),
+        "base_model_config": ("base_model_config",),
+        "cls_model_config": ("cls_model_config",),
+        "revision_of_model": ("revision_of_model", "model_revision"),
+        "trust_remote_code": ("trust_remote_code",),
+    }
+    wanted = {
+        key: next((recipe[name] for name in names if recipe.get(name)), None)
+        for key, names in keys.items()
+    }
+    return load_model_config(DictDefault(wanted))
+
+
+def after_merge(finish: Callable[[Any, Path, Path], None]) -> None:
+    """Have `finish(cfg, adapter_dir, merged_dir)` called after `axolotl merge-lora`, once.
+
+    Only where Axolotl has no hook for it (0.19): there its merge function is wrapped.
+    """
+    if HAS_MERGE_HOOK:
+        return
+    from axolotl.cli import merge_lora
+
+    stock = merge_lora.do_merge_lora
+    if hasattr(stock, "_longlora_stock"):
+        stock = stock._longlora_stock
+
+    @functools.wraps(stock)
+    def do_merge_lora(*, cfg: Any) -> None:
+        stock(cfg=cfg)
+        finish(cfg, Path(cfg.lora_model_dir), Path(cfg.output_dir) / "merged")
+
+    do_merge_lora._longlora_stock = stock  # type: ignore[attr-defined]
+    merge_lora.do_merge_lora = do_merge_lora

@@ -1,0 +1,408 @@
+"""Questions and answers from a model behind any OpenAI-compatible endpoint, within a budget.
+
+vLLM, llama.cpp's server, Ollama and hosted services speak the same protocol; the `openai` client
+does the talking, its retries with back-off and `Retry-After` included. The answer is asked for as
+JSON by schema and validated with pydantic; what is not such JSON is an error of that request only.
+
+The key comes from the environment. It is given to the client and to nothing else: messages that
+come back are cleaned of it before they are shown or written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from longlora_plugin.longqa.documents import INSTALL
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+ANSWER_TOKENS = 300
+"""Default for the longest answer to one question, in tokens; a request may ask for several."""
+
+PROMPT_TOKENS = 400
+"""What the request says besides the document, in tokens, generously; used in estimates."""
+
+
+class EndpointError(Exception):
+    """One request failed for good; the others may still succeed.
+
+    Attributes:
+        spent: (prompt, completion) tokens that it used; None where nobody says, as after a
+            time-out, and all that it may have used must be counted.
+    """
+
+    def __init__(self, message: str, spent: tuple[int, int] | None = (0, 0)) -> None:
+        super().__init__(message)
+        self.spent = spent
+
+
+class MalformedReply(EndpointError):
+    """The reply is not the JSON asked for; another try may bring it."""
+
+
+class EndpointStop(Exception):
+    """No request can succeed: a wrong key, a wrong address, an unknown model."""
+
+
+class ModelPair(BaseModel):
+    """A question about the document, its answer, and the quotes that show it."""
+
+    model_config = ConfigDict(extra="ignore", str_strip_whitespace=True)
+
+    question: str = Field(min_length=8)
+    answer: str = Field(min_length=1)
+    evidence: list[str]
+
+
+class ModelPairs(BaseModel):
+    """What one request asks for."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    pairs: list[ModelPair]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Pairs of one request, and its tokens as the endpoint reports them (None: not reported)."""
+
+    pairs: list[ModelPair]
+    spent: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Prices:
+    """US dollars, or any one currency, for a million tokens; None where not given."""
+
+    prompt: float | None = None
+    completion: float | None = None
+
+    def cost(self, prompt: int, completion: int) -> float | None:
+        """Cost of so many tokens; None where no prices are given."""
+        if self.prompt is None or self.completion is None:
+            return None
+        return (prompt * self.prompt + completion * self.completion) / 1e6
+
+
+class Budget:
+    """Tokens and money of a build over all its runs; a request is allowed before it is sent.
+
+    Args:
+        spent: (prompt, completion) tokens that earlier runs of the same build used.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_tokens: int | None,
+        max_cost: float | None,
+        prices: Prices,
+        spent: tuple[int, int] = (0, 0),
+    ) -> None:
+        if max_cost is not None and prices.cost(0, 0) is None:
+            raise ValueError(
+                f"--max-cost {max_cost:g} needs the prices: add --price-prompt and "
+                "--price-completion, each for a million tokens"
+            )
+        self.max_tokens = max_tokens
+        self.max_cost = max_cost
+        self.prices = prices
+        self.prompt, self.completion = spent
+        self._held: dict[str, tuple[int, int]] = {}
+
+    def allow(self, key: str, prompt: int, completion: int) -> bool:
+        """Whether request `key` fits at its largest; if so it is held until `settle`."""
+        held = list(self._held.values())
+        prompts = self.prompt + prompt + sum(p for p, _ in held)
+        completions = self.completion + completion + sum(c for _, c in held)
+        if self.max_tokens is not None and prompts + completions > self.max_tokens:
+            return False
+        cost = self.prices.cost(prompts, completions)
+        if self.max_cost is not None and (cost or 0) > self.max_cost:
+            return False
+        self._held[key] = (prompt, completion)
+        return True
+
+    def settle(self, key: str, spent: tuple[int, int] | None) -> tuple[int, int]:
+        """Replace what was held by what was `spent`; where that is unknown, all that was held."""
+        held = self._held.pop(key)
+        prompt, completion = held if spent is None else spent
+        self.prompt += prompt
+        self.completion += completion
+        return prompt, completion
+
+    @property
+    def cost(self) -> float | None:
+        """What has been spent, in the currency of the prices."""
+        return self.prices.cost(self.prompt, self.completion)
+
+
+def read_key(variable: str | None) -> str | None:
+    """The API key from the environment; None where none is set and none was asked for.
+
+    Args:
+        variable: name given by the user; None: KEY_VARIABLE, which may be unset (local servers).
+
+    Raises:
+        ValueError: the variable named is not set, or what was given is no variable name.
+    """
+    if variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+        raise ValueError(
+            "--api-key-env takes the name of an environment variable, never the key itself; "
+            f"write --api-key-env {KEY_VARIABLE}"
+        )
+    key = os.environ.get(variable or KEY_VARIABLE)
+    if variable is not None and not key:
+        raise ValueError(f"--api-key-env {variable}: it is not set; run export {variable}=<key>")
+    return key or None
+
+
+class Endpoint:
+    """One model at one address; safe to call from several threads.
+
+    Args:
+        base_url: up to and including `/v1`.
+        model: name that the server knows.
+        key: API key; None for servers that want none.
+        seconds: how long to wait for one reply.
+        retries: tries after the first for time-outs, 429 and 5xx, with back-off.
+        temperature, answer_tokens: passed on.
+
+    Raises:
+        ValueError: the address is no http(s) address, or carries a password.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        key: str | None = None,
+        seconds: float = 300,
+        retries: int = 5,
+        temperature: float = 0.7,
+        answer_tokens: int = ANSWER_TOKENS,
+    ) -> None:
+        address = urlsplit(base_url)
+        if address.username or address.password:
+            raise ValueError(
+                "--base-url must not hold a user name or password, which would be logged; "
+                "put the key in the environment (--api-key-env)"
+            )
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError(
+                f"--base-url {base_url} is no http address; "
+                "write for example http://localhost:8000/v1"
+            )
+        try:
+            import openai
+        except ImportError:
+            raise ValueError(f"--base-url needs the openai client; {INSTALL}") from None
+        self.base_url = base_url
+        self.model = model
+        self.answer_tokens = answer_tokens
+        self._key = key
+        self._openai: Any = openai
+        self._client = openai.OpenAI(
+            base_url=base_url,
+            api_key=key or "not-needed",
+            timeout=seconds,
+            max_retries=retries,
+        )
+        self._seconds = seconds
+        self._retries = retries
+        self._options: dict[str, Any] = {
+            "temperature": temperature,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "pairs", "schema": _schema(), "strict": True},
+            },
+        }
+        self._lock = threading.Lock()
+
+    def ask(self, document: str, kind: str, wanted: int, seed: int) -> Reply:
+        """Ask for `wanted` pairs about `document`.
+
+        Args:
+            seed: passed on; servers that can then repeat themselves.
+
+        Raises:
+            EndpointStop: no further request can succeed.
+            MalformedReply: the reply is not what was asked for.
+            EndpointError: this request failed, after all retries.
+        """
+        completion = self._complete(_messages(document, kind, wanted), wanted, seed)
+        usage = getattr(completion, "usage", None)
+        spent = None
+        if usage is not None and isinstance(usage.prompt_tokens, int):
+            spent = (usage.prompt_tokens, usage.completion_tokens or 0)
+        choices = getattr(completion, "choices", None)
+        if not choices or getattr(choices[0], "message", None) is None:
+            shown = self.clean(str(completion))[:120]
+            raise MalformedReply(
+                f"{self.base_url} answers, but not as an OpenAI-compatible server: {shown!r}; "
+                "check --base-url (it usually ends in /v1)",
+                spent,
+            )
+        content = choices[0].message.content or ""
+        try:
+            pairs = ModelPairs.model_validate_json(_json_in(self.clean(content)))
+        except ValidationError as error:
+            why = "; ".join(sorted({problem["msg"] for problem in error.errors()}))[:160]
+            if choices[0].finish_reason == "length":
+                why = f"cut at {self.answer_tokens * wanted} tokens; raise --answer-tokens"
+            raise MalformedReply(f"the reply is not the JSON asked for: {why}", spent) from None
+        return Reply(pairs.pairs, spent)
+
+    def clean(self, message: str) -> str:
+        """`message` without the API key."""
+        # A key of a few letters is no secret, and would blank out words.
+        return message.replace(self._key, "***") if self._key and len(self._key) > 7 else message
+
+    def _complete(self, messages: list[dict[str, str]], wanted: int, seed: int) -> Any:
+        openai = self._openai
+        try:
+            for _ in range(len(_OPTIONAL) + 1):
+                sent = dict(self._options)
+                options = {
+                    name: value
+                    for name, value in sent.items()
+                    if name not in _OURS and value is not None
+                }
+                options[sent.get("limit", "max_tokens")] = self.answer_tokens * wanted
+                if sent.get("seeded", True):
+                    options["seed"] = seed
+                try:
+                    return self._client.chat.completions.create(
+                        model=self.model, messages=messages, **options
+                    )
+                except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                    if not self._do_without(str(error), sent):
+                        raise
+            raise EndpointError("the server refuses one option after another")
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise EndpointStop(
+                f"{self.base_url} refuses the key (HTTP {error.status_code}): "
+                f"{self._said(error)}; export {KEY_VARIABLE}=<key>, or name the variable "
+                "that holds it with --api-key-env"
+            ) from None
+        except openai.NotFoundError as error:
+            raise EndpointStop(
+                f"{self.base_url} does not know the model {self.model!r} or the address is wrong "
+                f"(HTTP 404): {self._said(error)}"
+            ) from None
+        except openai.APITimeoutError:
+            raise EndpointError(
+                f"no reply within {self._seconds:g} s, {self._retries + 1} times; "
+                "raise --timeout or lower --concurrency",
+                spent=None,
+            ) from None
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            raise EndpointError(
+                f"{self.base_url} cannot be reached: {self.clean(str(cause))}"
+            ) from None
+        except openai.APIStatusError as error:
+            raise EndpointError(f"HTTP {error.status_code}: {self._said(error)}") from None
+        except (openai.OpenAIError, ValueError, AttributeError, TypeError) as error:
+            raise MalformedReply(
+                f"the server's reply is no valid JSON: {self.clean(str(error))[:160]}", spent=None
+            ) from None
+
+    def _do_without(self, message: str, sent: dict[str, Any]) -> bool:
+        """Drop the first option of `sent` that the server's complaint names; False: it names none.
+
+        Other threads may have dropped it meanwhile; then trying again is all there is to do.
+        """
+        for word, name, value in _OPTIONAL:
+            if word in message and sent.get(name) != value:
+                with self._lock:
+                    self._options = {**self._options, name: value}
+                return True
+        return False
+
+    def _said(self, error: Any) -> str:
+        body = error.body if isinstance(error.body, Mapping) else {}
+        said = body.get("message") or error.message
+        return " ".join(self.clean(str(said)).split())[:200]
+
+
+_OURS = ("limit", "seeded")
+
+# What a server may not know: a word of its complaint, the option, and what to send instead.
+# OpenAI's newer models want another name for the limit; small servers have no schemas.
+_OPTIONAL: tuple[tuple[str, str, Any], ...] = (
+    ("max_completion_tokens", "limit", "max_completion_tokens"),
+    ("response_format", "response_format", None),
+    ("json_schema", "response_format", None),
+    ("temperature", "temperature", None),
+    ("seed", "seeded", False),
+)
+
+
+def _schema() -> dict[str, Any]:
+    """The JSON schema of ModelPairs in the subset that strict mode takes."""
+    text = {"type": "string"}
+    quotes = {"type": "array", "items": text}
+    fields = {"question": text, "answer": text, "evidence": quotes}
+    one = _strict_object(fields)
+    return _strict_object({"pairs": {"type": "array", "items": one}})
+
+
+def _strict_object(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": fields,
+        "required": list(fields),
+        "additionalProperties": False,
+    }
+
+
+_ASK = {
+    "paper": "what was done, how, and what was found",
+    "book": "what happens, who does or says what, and why",
+    "report": "what is stated, decided or recommended, and on what grounds",
+    "code": "what the program does, how its parts work together, and what a change would affect",
+}
+
+
+def _messages(document: str, kind: str, wanted: int) -> list[dict[str, str]]:
+    form = json.dumps(
+        {"pairs": [{"question": "…", "answer": "…", "evidence": ["quote", "quote"]}]},
+        ensure_ascii=False,
+    )
+    task = (
+        f"You write training material for long-document reading. You get a {kind} and write "
+        f"{wanted} questions with answers about {_ASK[kind]}.\n"
+        "- Ask what only a reader of the whole text can answer; where you can, join two places "
+        "that lie far apart. Spread the questions over the beginning, middle and end.\n"
+        "- Answer from the text alone, in one to five full sentences.\n"
+        "- Give for each answer one to three quotes that prove it, copied character by character "
+        "from the text.\n"
+        "- Write in the language of the text. A question must be clear without the others.\n"
+        f"Reply with JSON only, in this form: {form}"
+    )
+    return [
+        {"role": "system", "content": task},
+        {"role": "user", "content": document},
+    ]
+
+
+def _json_in(content: str) -> str:
+    """The JSON object in a reply that may wrap it in thoughts or a code fence."""
+    start, end = content.find("{"), content.rfind("}")
+    return content[start : end + 1] if 0 <= start < end else content
+
+
+def estimate(window_tokens: int, wanted: int, answer_tokens: int) -> tuple[int, int]:
+    """(prompt, completion) tokens that one request may use at most, by the given tokenizer."""
+    return window_tokens + PROMPT_TOKENS, math.ceil(answer_tokens * wanted)

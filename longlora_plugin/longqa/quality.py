@@ -1,0 +1,110 @@
+"""What keeps a pair out: evidence that does not stand in the document, and near-duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from longlora_plugin.longqa.documents import INSTALL
+
+SHORTEST_EVIDENCE = 8
+"""Characters that are not space below which a quote would stand anywhere by chance."""
+
+SIMILAR = 0.8
+"""Default Jaccard similarity of 5-character shingles from which two pairs count as the same."""
+
+SAME_DOCUMENT = 0.8
+"""The same for two documents: another edition, or one book in two formats."""
+
+_SHINGLE = 5
+_PERMUTATIONS = 128
+
+
+def has_evidence(quotes: Sequence[str], text: str, edits: int = 0) -> bool:
+    """Whether there is a quote and every quote stands in `text`; white space counts as one space.
+
+    Args:
+        edits: characters that may differ (Levenshtein distance to the best place in `text`).
+    """
+    flat = " ".join(text.split())
+    found = [" ".join(quote.split()) for quote in quotes]
+    return bool(found) and all(
+        len(quote.replace(" ", "")) >= SHORTEST_EVIDENCE and _stands(quote, flat, edits)
+        for quote in found
+    )
+
+
+def _stands(quote: str, text: str, edits: int) -> bool:
+    if quote in text:
+        return True
+    if edits == 0:
+        return False
+    try:
+        from rapidfuzz.distance import Levenshtein
+        from rapidfuzz.fuzz import partial_ratio_alignment
+    except ImportError:
+        raise ValueError(f"--evidence-edits needs rapidfuzz; {INSTALL}") from None
+    place = partial_ratio_alignment(quote, text)
+    if place is None or len(quote) > len(text):
+        return False
+    near = text[place.dest_start : place.dest_end]
+    return Levenshtein.distance(quote, near, score_cutoff=edits) <= edits
+
+
+class NearDuplicates:
+    """Finds earlier texts that say nearly the same: MinHash candidates, then exact Jaccard.
+
+    Args:
+        similar: Jaccard similarity from which two texts are the same; above 1 switches it off.
+        sample: keep one shingle in this many; for long texts, to be fast.
+    """
+
+    def __init__(self, similar: float = SIMILAR, sample: int = 1) -> None:
+        self.similar = similar
+        self.sample = sample
+        self._kept: dict[str, frozenset[int]] = {}
+        self._index: Any = None
+        if similar <= 1:
+            try:
+                from datasketch import MinHashLSH
+            except ImportError:
+                raise ValueError(f"finding near-duplicates needs datasketch; {INSTALL}") from None
+            # Candidates from a lower bar: MinHash only estimates, and the check after it is exact.
+            self._index = MinHashLSH(max(0.1, similar - 0.2), _PERMUTATIONS)
+
+    def find(self, text: str) -> str | None:
+        """Key of an earlier text that `text` nearly repeats; None where there is none."""
+        if self._index is None:
+            return None
+        shingles = self._shingles(text)
+        for key in sorted(self._index.query(_minhash(shingles))):
+            other = self._kept[key]
+            if len(shingles & other) >= self.similar * len(shingles | other):
+                return str(key)
+        return None
+
+    def add(self, key: str, text: str) -> None:
+        """Remember `text` as `key`; a key that is known is left as it is."""
+        if self._index is None or key in self._kept:
+            return
+        shingles = self._shingles(text)
+        self._kept[key] = shingles
+        self._index.insert(key, _minhash(shingles))
+
+    def _shingles(self, text: str) -> frozenset[int]:
+        from zlib import crc32
+
+        flat = " ".join(text.casefold().split())
+        hashed = (
+            crc32(flat[i : i + _SHINGLE].encode()) for i in range(max(1, len(flat) - _SHINGLE + 1))
+        )
+        return frozenset(value for value in hashed if value % self.sample == 0)
+
+
+def _minhash(shingles: frozenset[int]) -> Any:
+    from datasketch import MinHash
+
+    # The shingles are hashes already; MinHash only permutes them.
+    sketch = MinHash(_PERMUTATIONS, hashfunc=int)
+    sketch.update_batch(sorted(shingles))
+    return sketch

@@ -1,0 +1,229 @@
+"""Sections, sentences and windows: a document cut to the context, never inside a sentence.
+
+A document that fits is one window. A longer one is packed section by section, in order, into as few
+windows as whole sections allow. Only a section that is alone longer than the budget is divided: at
+paragraphs, where those do not fit at sentences (lines, for code), and no further: a sentence that
+does not fit by itself is left out and counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from longlora_plugin.longqa.documents import INSTALL, Document
+
+Count = Callable[[Sequence[str]], list[int]]
+"""Tokens of each text, without special tokens."""
+
+SMALLEST_SECTION = 200
+"""Sections shorter than this many characters (a heading alone, say) join the next one."""
+
+_PLAIN_HEADING = re.compile(
+    r"""
+    (?:(?i:chapter|book|part|act|scene|section|appendix|letter|canto|volume)\b[^\n]{0,70}
+      | \d{1,2}(?:\.\d{1,2})*\.?\ +[A-Z][^\n]{0,70}(?<![.,;:])
+      | [IVXLC]{1,7}\.?
+      | (?=[^\n]*[A-Z]{3})[^a-z\n]{3,60}
+    )""",
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A run of text that belongs together; `title` is None where it has no heading."""
+
+    title: str | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """What of a document stands in one row.
+
+    Attributes:
+        index: 0, 1, … in reading order.
+        sections: whole sections, or parts of one that is too long.
+        text: the sections with an empty line between them.
+        tokens: tokens of `text`.
+    """
+
+    index: int
+    sections: tuple[Section, ...]
+    text: str
+    tokens: int
+
+
+def split_sections(document: Document) -> list[Section]:
+    """The sections of a document, in order; together they hold all its text."""
+    text = document.text
+    if document.breaks:
+        starts = list(document.breaks)
+    elif document.style == "markdown":
+        starts = _markdown_headings(text)
+    elif document.style == "code":
+        starts = _code_blocks(text)
+    else:
+        starts = _plain_headings(text)
+    edges = [(0, None), *starts] if not starts or starts[0][0] > 0 else starts
+    ends = [offset for offset, _ in edges[1:]] + [len(text)]
+    sections: list[Section] = []
+    pending = ""
+    pending_title: str | None = None
+    for (start, title), end in zip(edges, ends, strict=True):
+        part = text[start:end].strip("\n")
+        if not part.strip():
+            continue
+        pending = f"{pending}\n\n{part}" if pending else part
+        pending_title = title or pending_title
+        if len(pending) >= SMALLEST_SECTION:
+            sections.append(Section(pending_title, pending))
+            pending, pending_title = "", None
+    if pending and sections:
+        last = sections.pop()
+        sections.append(Section(last.title, f"{last.text}\n\n{pending}"))
+    elif pending:
+        sections.append(Section(pending_title, pending))
+    return sections
+
+
+def _markdown_headings(text: str) -> list[tuple[int, str | None]]:
+    from markdown_it import MarkdownIt
+
+    offsets = [0]
+    for line in text.split("\n"):
+        offsets.append(offsets[-1] + len(line) + 1)
+    tokens = MarkdownIt("commonmark").parse(text)
+    return [
+        (offsets[token.map[0]], " ".join(after.content.split()) or None)
+        for token, after in zip(tokens, tokens[1:], strict=False)
+        if token.type == "heading_open" and token.level == 0 and token.map
+    ]
+
+
+def _plain_headings(text: str) -> list[tuple[int, str | None]]:
+    found: list[tuple[int, str | None]] = []
+    for match in re.finditer(r"(?:\A|\n\n)([^\n]+)(?=\n\n)", text):
+        line = match.group(1).strip()
+        if _PLAIN_HEADING.fullmatch(line):
+            found.append((match.start(1), line))
+    return found
+
+
+def _code_blocks(text: str) -> list[tuple[int, str | None]]:
+    # In nearly every language an unindented line after an empty one begins something new.
+    return [
+        (match.start(1), match.group(1).strip()[:80])
+        for match in re.finditer(r"(?:\A|\n\n)(\S[^\n]*)", text)
+    ]
+
+
+def sentences(text: str, style: str, language: str = "en") -> list[str]:
+    """Sentences of `text`, each verbatim; for code the lines that are not empty.
+
+    Args:
+        style: `plain`, `markdown` or `code`.
+        language: ISO 639 code of a prose text.
+    """
+    if style == "code":
+        return [line for line in text.split("\n") if line.strip()]
+    try:
+        from sentencex import segment
+    except ImportError:
+        raise ValueError(f"finding sentences needs sentencex; {INSTALL}") from None
+    return [found.strip() for found in segment(language, text) if found.strip()]
+
+
+def windows(
+    document: Document, budget: int, count: Count, language: str = "en"
+) -> tuple[list[Window], int]:
+    """Cut a document into windows of at most `budget` tokens.
+
+    Returns:
+        The windows, and how many sentences were left out because one alone exceeds the budget.
+    """
+    sections = split_sections(document)
+    whole = _window(0, sections, count)
+    if whole.tokens <= budget:
+        return [whole], 0
+    pieces: list[tuple[Section, int]] = []
+    left_out = 0
+    for section, tokens in zip(sections, count([s.text for s in sections]), strict=True):
+        if tokens <= budget:
+            pieces.append((section, tokens))
+            continue
+        parts, lost = _divide(section, document.style, budget, count, language)
+        pieces += parts
+        left_out += lost
+    found: list[Window] = []
+    at = 0
+    while at < len(pieces):
+        end, total = at, 0
+        while end < len(pieces) and total + pieces[end][1] <= budget:
+            total += pieces[end][1]
+            end += 1
+        # Tokens do not add up exactly where texts meet, so what was packed is measured.
+        window = _window(len(found), [section for section, _ in pieces[at:end]], count)
+        while window.tokens > budget and end > at + 1:
+            end -= 1
+            window = _window(len(found), [section for section, _ in pieces[at:end]], count)
+        if window.tokens <= budget:
+            found.append(window)
+        else:
+            left_out += len(sentences(window.text, document.style, language))
+        at = end
+    return found, left_out
+
+
+def _window(index: int, sections: Sequence[Section], count: Count) -> Window:
+    text = "\n\n".join(section.text for section in sections)
+    return Window(index, tuple(sections), text, count([text])[0])
+
+
+def _divide(
+    section: Section, style: str, budget: int, count: Count, language: str
+) -> tuple[list[tuple[Section, int]], int]:
+    """Divide one section at paragraphs, and a paragraph that is too long at sentences."""
+    atoms: list[tuple[str, int, str]] = []
+    left_out = 0
+    paragraphs = [part for part in re.split(r"\n{2,}", section.text) if part.strip()]
+    for paragraph, tokens in zip(paragraphs, count(paragraphs), strict=True):
+        if tokens <= budget:
+            atoms.append((paragraph, tokens, "\n\n"))
+            continue
+        inner = sentences(paragraph, style, language)
+        joint = "\n" if style == "code" else " "
+        for place, (sentence, size) in enumerate(zip(inner, count(inner), strict=True)):
+            if size <= budget:
+                atoms.append((sentence, size, joint if place else "\n\n"))
+            else:
+                left_out += 1
+    # Tokens do not add up exactly where texts meet: measure, and pack less where it is too much.
+    limit = budget
+    while True:
+        texts = _pack(atoms, limit)
+        sizes = count(texts)
+        if not texts or max(sizes) <= budget:
+            break
+        limit = min(limit - 1, limit * 31 // 32)
+    titles = [section.title] + [None] * len(texts)
+    parts = [
+        (Section(title, text), size)
+        for title, text, size in zip(titles, texts, sizes, strict=False)
+    ]
+    return parts, left_out
+
+
+def _pack(atoms: Sequence[tuple[str, int, str]], limit: int) -> list[str]:
+    """Join neighbours while their tokens, plus two where they meet, stay within `limit`."""
+    texts: list[str] = []
+    running, total = "", 0
+    for text, tokens, joint in atoms:
+        if running and total + tokens + 2 > limit:
+            texts.append(running)
+            running, total = "", 0
+        running = f"{running}{joint}{text}" if running else text
+        total += tokens + 2
+    return [*texts, running] if running else texts

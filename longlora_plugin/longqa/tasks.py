@@ -1,0 +1,372 @@
+"""Questions made from the text itself, without a model: retrieval over the whole context.
+
+Six tasks. Each asks for something that stands in the window once, at a place drawn evenly from all
+places that would do, and answers with text or names that stand there too:
+
+- `who_said`: whose words a quoted speech is;
+- `what_follows`: the sentence after a given one;
+- `fill_name`: the name left out of a sentence;
+- `find_needle`: the one sentence with a given rare word;
+- `order_of_events`: in which order given sentences stand;
+- `multi_hop`: a name left out in one section, then what another section first says of that name.
+
+A task that a text cannot carry (nobody speaks in a report) gives None. The random generator passed
+in is the only source of chance: the same seed gives the same question.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from longlora_plugin.longqa.sections import Section, Window, sentences
+
+SHORTEST, LONGEST = 25, 320
+"""Characters of a sentence that a question may quote or an answer may be."""
+
+GAP = "_____"
+_LINE = {"code": "line"}
+_NO_NAMES = set(
+    "A An And As At But By For From Had Has He Her Here His How I If In It Its My No Nor Not Now O "
+    "Of Oh On Or Our She So Some Such That The Their Then There These They This Those Thou Thus To "
+    "We Well What When Where Which While Who Why With Yes You Your January February March April "
+    "May June July August September October November December Monday Tuesday Wednesday Thursday "
+    "Friday Saturday Sunday Chapter Section Figure Table Scene Act Enter Exit Exeunt".split()
+)
+_NAME = r"[A-Z][A-Za-z’'-]+(?: [A-Z][A-Za-z’'-]+)?"
+_TITLED = rf"(?:(?:Mr|Mrs|Miss|Ms|Dr|Sir|Lady|Lord|Captain|Colonel|Professor)\.? )?{_NAME}"
+_SAY = (
+    "said|replied|cried|answered|asked|exclaimed|returned|observed|added|whispered|continued|"
+    "repeated|remarked|shouted|says|asks|told"
+)
+_SPEECH = (
+    re.compile(rf"[“\"](?P<words>[^”\"]{{20,300}}?)[,.!?]?[”\"],? (?:{_SAY}) (?P<who>{_TITLED})"),
+    re.compile(rf"[“\"](?P<words>[^”\"]{{20,300}}?)[,.!?]?[”\"],? (?P<who>{_TITLED}) (?:{_SAY})\b"),
+    re.compile(
+        rf"\b(?P<who>{_TITLED}) (?:{_SAY})[,:] [“\"](?P<words>[^”\"]{{20,300}}?)[,.!?]?[”\"]"
+    ),
+    re.compile(
+        rf"\b(?P<who>{_NAME}) (?:said|answered|spake)(?: unto [^,.;]{{2,40}})?,"
+        r" (?P<words>[A-Z][^.;:!?“”\"]{20,200})[.;:!?]"
+    ),
+)
+# A play: the speaker's name in capitals, then the speech.
+_PLAY = re.compile(r"(?m)^(?P<who>[A-Z][A-Z’' -]{1,28}[A-Z])[.:]\n?[ ]?(?P<words>[^\n]{20,200})$")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question about a window, and its answer.
+
+    Attributes:
+        task: which task made it; `model` where a model did.
+        evidence: what in the window shows that the answer is right, verbatim.
+    """
+
+    task: str
+    question: str
+    answer: str
+    evidence: tuple[str, ...] = ()
+
+
+@dataclass
+class Material:
+    """A window taken apart for the tasks.
+
+    Attributes:
+        parts: the sentences of each section that stand once in the window and are fit to quote,
+            with the sentence that follows each (None at the section's end).
+        style: `plain`, `markdown` or `code`.
+        kind: kind of the document.
+        code_language: pygments' name of the programming language; None for prose.
+    """
+
+    window: Window
+    style: str
+    kind: str
+    language: str = "en"
+    code_language: str | None = None
+    parts: list[list[tuple[str, str | None]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        seen: Counter[str] = Counter()
+        raw = [
+            (section, sentences(section.text, self.style, self.language))
+            for section in self.window.sections
+        ]
+        for _, found in raw:
+            seen.update(found)
+        for section, found in raw:
+            fit = [self._fit(text, section) and seen[text] == 1 for text in found]
+            self.parts.append(
+                [
+                    (text, found[i + 1] if i + 1 < len(found) and fit[i + 1] else None)
+                    for i, text in enumerate(found)
+                    if fit[i]
+                ]
+            )
+        self.words = Counter(re.findall(r"\w+", self.window.text))
+        self._names: list[str] | None = None
+
+    def _fit(self, text: str, section: Section) -> bool:
+        if not SHORTEST <= len(text) <= LONGEST or "\n\n" in text or GAP in text:
+            return False
+        if self.style == "code":
+            return len(re.findall(r"\w+", text)) >= 3
+        letters = sum(char.isalpha() or char.isspace() for char in text)
+        return letters >= 0.75 * len(text) and not text.startswith(("#", "|", "!["))
+
+    @property
+    def unit(self) -> str:
+        """What the questions call a sentence."""
+        return _LINE.get(self.style, "sentence")
+
+    @property
+    def all(self) -> list[tuple[str, str | None]]:
+        return [entry for part in self.parts for entry in part]
+
+    @property
+    def names(self) -> list[str]:
+        """Names that stand in the window at least twice: people and places, or identifiers."""
+        if self._names is None:
+            found = self._identifiers() if self.style == "code" else self._proper_names()
+            self._names = sorted(name for name, times in found.items() if times >= 2)
+        return self._names
+
+    def _proper_names(self) -> Counter[str]:
+        # A capital inside a sentence, on a word that the window never writes small.
+        inner = re.findall(r"(?<=[a-z,;] )[A-Z][a-z’'-]{2,}", self.window.text)
+        found = {name.removesuffix("’s").removesuffix("'s") for name in inner} - _NO_NAMES
+        return Counter({name: self.words[name] for name in found if not self.words[name.lower()]})
+
+    def _identifiers(self) -> Counter[str]:
+        from pygments.lexers import get_lexer_by_name
+        from pygments.token import Token
+
+        lexer = get_lexer_by_name(self.code_language or "text")
+        wanted = (Token.Name.Function, Token.Name.Class)
+        found = {
+            value
+            for token, value in lexer.get_tokens(self.window.text)
+            if any(token in kind for kind in wanted) and len(value) > 3 and value.isidentifier()
+        }
+        return Counter({name: self.words[name] for name in found})
+
+
+def who_said(material: Material, rng: random.Random) -> Pair | None:
+    """Whose words a quoted speech is."""
+    text = material.window.text
+    if material.style == "code":
+        return None
+    lines = list(_PLAY.finditer(text))
+    turns = Counter(match["who"] for match in lines)
+    matches = [match for match in lines if turns[match["who"]] >= 2]
+    matches += [match for pattern in _SPEECH for match in pattern.finditer(text)]
+    speeches: dict[str, tuple[str, str]] = {}
+    for match in matches:
+        who, words = match["who"].strip(), match["words"].strip()
+        if who.split()[0] not in _NO_NAMES and text.count(words) == 1 and "\n\n" not in words:
+            speeches.setdefault(words, (who, match.group(0)))
+    if not speeches:
+        return None
+    words = rng.choice(sorted(speeches))
+    who, evidence = speeches[words]
+    question = rng.choice(
+        (
+            f"Who says these words? “{words}”",
+            f"Name the speaker of the following: “{words}”",
+            f"Whose words are these: “{words}”? Reply with the name only.",
+        )
+    )
+    return Pair("who_said", question, who, (evidence,))
+
+
+def what_follows(material: Material, rng: random.Random) -> Pair | None:
+    """The sentence (line of code) right after a given one."""
+    followed = [(text, after) for text, after in material.all if after]
+    if not followed:
+        return None
+    text, after = rng.choice(followed)
+    unit = material.unit
+    question = rng.choice(
+        (
+            f"Which {unit} comes directly after this one? “{text}”",
+            f"Quote the {unit} that follows: “{text}”",
+            f"After “{text}”, how does the text go on? Give the next {unit}, word for word.",
+        )
+    )
+    return Pair("what_follows", question, after, (text, after))
+
+
+def _gaps(sentence: str, name: str) -> str:
+    return re.sub(rf"\b{re.escape(name)}\b", GAP, sentence)
+
+
+def _mentions(sentence: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", sentence) is not None
+
+
+def fill_name(material: Material, rng: random.Random) -> Pair | None:
+    """The name left out of a sentence that stands in the text."""
+    names = set(material.names)
+    usable = [
+        (text, hit)
+        for text, _ in material.all
+        if (hit := sorted(names.intersection(re.findall(r"[\w’'-]+", text))))
+    ]
+    if not usable:
+        return None
+    sentence, choices = rng.choice(usable)
+    name = rng.choice(choices)
+    gapped = _gaps(sentence, name)
+    what = "identifier" if material.style == "code" else "name"
+    question = rng.choice(
+        (
+            f"Which {what} belongs in the gap? “{gapped}”",
+            f"One {what} has been taken out of this {material.unit}: “{gapped}” What was it?",
+            f"Fill in the missing {what}: “{gapped}”",
+        )
+    )
+    return Pair("fill_name", question, name, (sentence,))
+
+
+def find_needle(material: Material, rng: random.Random) -> Pair | None:
+    """The one sentence with a word that stands nowhere else."""
+    folded: Counter[str] = Counter()
+    for word, times in material.words.items():
+        folded[word.casefold()] += times
+    holders = []
+    for text, _ in material.all:
+        rare = [
+            word
+            for word in re.findall(r"\w+", text)
+            if folded[word.casefold()] == 1 and (len(word) >= 6 or word.isdigit())
+        ]
+        if rare:
+            holders.append((text, sorted(set(rare))))
+    if not holders:
+        return None
+    sentence, rare = rng.choice(holders)
+    word = rng.choice(rare)
+    unit = material.unit
+    question = rng.choice(
+        (
+            f"Exactly one {unit} contains “{word}”. Copy that {unit}.",
+            f"Find the {unit} in which “{word}” occurs and quote it in full.",
+            f"Where does “{word}” stand? Give the whole {unit}.",
+        )
+    )
+    return Pair("find_needle", question, sentence, (sentence,))
+
+
+def order_of_events(material: Material, rng: random.Random) -> Pair | None:
+    """In which order three or four sentences stand in the text."""
+    found = [text for text, _ in material.all]
+    wanted = 4 if len(found) >= 12 else 3
+    if len(found) < 2 * wanted:
+        return None
+    # One from each stretch of the text, so that the order spans all of it.
+    edges = [len(found) * part // wanted for part in range(wanted + 1)]
+    told = [rng.choice(found[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    letters = "ABCD"[:wanted]
+    shuffled = list(range(wanted))
+    while shuffled == list(range(wanted)):
+        rng.shuffle(shuffled)
+    listed = "\n".join(
+        f"({letter}) {told[place]}" for letter, place in zip(letters, shuffled, strict=True)
+    )
+    answer = ", ".join(letters[shuffled.index(place)] for place in range(wanted))
+    units = f"{material.unit}s"
+    question = rng.choice(
+        (
+            f"In which order do these {units} stand? Reply with the letters.\n{listed}",
+            f"Sort these {units} by where they come, earliest first; letters only.\n{listed}",
+            f"These {units} were shuffled. Give the letters in the order of the text.\n{listed}",
+        )
+    )
+    return Pair("order_of_events", question, answer, tuple(told))
+
+
+def multi_hop(material: Material, rng: random.Random) -> Pair | None:
+    """A name left out in one section, then the first sentence of another section that has it."""
+    parts = [[text for text, _ in part] for part in material.parts]
+    parts = [part for part in parts if part]
+    if len(parts) == 1 and len(parts[0]) >= 12:
+        middle = len(parts[0]) // 2
+        parts = [parts[0][:middle], parts[0][middle:]]
+    usable = []
+    for name in material.names:
+        holders = [i for i, part in enumerate(parts) if any(_mentions(s, name) for s in part)]
+        answers = {i: answer for i in holders if (answer := _first_with(material, parts[i], name))}
+        if answers and len(holders) >= 2:
+            usable.append((name, holders, answers))
+    if not usable:
+        return None
+    name, holders, answers = rng.choice(usable)
+    second = rng.choice(sorted(answers))
+    first = rng.choice([place for place in holders if place != second])
+    clue = rng.choice([s for s in parts[first] if _mentions(s, name)])
+    opening = " ".join(parts[second][0].split()[:8])
+    unit = material.unit
+    what = "identifier" if material.style == "code" else "name"
+    question = rng.choice(
+        (
+            f"A {what} is missing here: “{_gaps(clue, name)}” Work out which, then turn to the "
+            f"place that reads “{opening} …” and quote from there on the first {unit} with that "
+            f"{what}.",
+            f"Find the {what} for the gap: “{_gaps(clue, name)}” Then, reading on from "
+            f"“{opening} …”, copy the first {unit} that mentions it.",
+        )
+    )
+    return Pair("multi_hop", question, answers[second], (clue, answers[second]))
+
+
+def _first_with(material: Material, part: list[str], name: str) -> str | None:
+    """The sentence of `part` with the text's first mention of `name` from the part's start on."""
+    text = material.window.text
+    start = text.find(part[0])
+    first = re.compile(rf"\b{re.escape(name)}\b").search(text, start)
+    for sentence in part:
+        at = text.find(sentence)
+        if first and at <= first.start() < at + len(sentence):
+            return sentence
+    return None
+
+
+TASKS: dict[str, Callable[[Material, random.Random], Pair | None]] = {
+    "who_said": who_said,
+    "what_follows": what_follows,
+    "fill_name": fill_name,
+    "find_needle": find_needle,
+    "order_of_events": order_of_events,
+    "multi_hop": multi_hop,
+}
+"""Every task, in the order in which they are tried."""
+
+
+def make_pairs(
+    material: Material, wanted: int, rng: random.Random, names: tuple[str, ...] = tuple(TASKS)
+) -> list[Pair]:
+    """Up to `wanted` different pairs about a window, the tasks taking turns.
+
+    Args:
+        names: which of TASKS may be used.
+    """
+    found: list[Pair] = []
+    asked: set[tuple[str, str, tuple[str, ...]]] = set()
+    idle = 0
+    for turn in range(8 * wanted * len(names)):
+        if len(found) == wanted or idle > 4 * len(names):
+            break
+        pair = TASKS[names[turn % len(names)]](material, rng)
+        key = (pair.task, pair.answer, pair.evidence) if pair else None
+        if pair is None or key is None or key in asked:
+            idle += 1
+            continue
+        idle = 0
+        asked.add(key)
+        found.append(pair)
+    return found

@@ -1,0 +1,46 @@
+"""Will it fit, what will it cost: FLOPs and memory of a recipe, from the base's config alone.
+
+`shape` and `parameters` read the model built without weights, `flops` and `memory` are arithmetic
+on plain values, `setup` reads the recipe, `report` puts them together, `paper` holds the paper's
+own figures. LongLoRA (arXiv 2309.12307), Tables 11 and 12.
+"""
+
+from longlora_plugin.plan.flops import Flops, forward_flops, step_flops, step_flops_ratio
+from longlora_plugin.plan.gpus import GPUS, Gpu, find_gpu
+from longlora_plugin.plan.memory import Memory, Training, memory
+from longlora_plugin.plan.parameters import Parameters, count_parameters
+from longlora_plugin.plan.report import (
+    Plan,
+    Run,
+    fits,
+    largest_sequence_len,
+    plan_recipe,
+    plan_run,
+    prepare,
+)
+from longlora_plugin.plan.shape import ModelShape, meta_model, shape_of
+
+__all__ = [
+    "GPUS",
+    "Flops",
+    "Gpu",
+    "Memory",
+    "ModelShape",
+    "Parameters",
+    "Plan",
+    "Run",
+    "Training",
+    "count_parameters",
+    "find_gpu",
+    "fits",
+    "forward_flops",
+    "largest_sequence_len",
+    "memory",
+    "meta_model",
+    "plan_recipe",
+    "plan_run",
+    "prepare",
+    "shape_of",
+    "step_flops",
+    "step_flops_ratio",
+]

@@ -1,0 +1,61 @@
+"""How much memory a GPU has."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU.
+
+    Attributes:
+        name: as `--gpu` takes it.
+        memory: GiB, the total that the vendor's tool (nvidia-smi, rocm-smi) shows with ECC on;
+            what the driver keeps of it is in `memory.CONTEXT`.
+    """
+
+    name: str
+    memory: float
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("t4-16gb", 15.0),
+        Gpu("a10g-24gb", 22.5),
+        Gpu("l4-24gb", 22.5),
+        Gpu("rtx3090-24gb", 24.0),
+        Gpu("rtx4090-24gb", 24.0),
+        Gpu("v100-32gb", 31.7),
+        Gpu("rtx5090-32gb", 31.8),
+        Gpu("a100-40gb", 40.0),
+        Gpu("l40s-48gb", 45.0),
+        Gpu("a6000-48gb", 48.0),
+        Gpu("a100-80gb", 80.0),
+        Gpu("h100-80gb", 79.6),
+        Gpu("h200-141gb", 140.4),
+        Gpu("b200-180gb", 179.0),
+        Gpu("mi300x-192gb", 192.0),
+    )
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU called `name`; a plain size (`48gb`, `48`) is a GPU of so many GiB.
+
+    Raises:
+        ValueError: neither a known name nor a size; names the valid ones.
+    """
+    key = name.strip().lower().replace("_", "-").replace(" ", "-")
+    if key in GPUS:
+        return GPUS[key]
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)(?:gi?b)?", key)
+    if size and float(size[1]) > 0:
+        return Gpu(key, float(size[1]))
+    near = [known for known in GPUS if known.split("-")[0] == key.split("-")[0]]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(
+        f"--gpu: unknown GPU {name!r}; {hint}valid: {', '.join(GPUS)}, or a size such as 48gb"
+    )

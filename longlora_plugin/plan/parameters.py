@@ -1,0 +1,159 @@
+"""Which parameters a run trains, counted on a model without weights.
+
+LoRA adds r · (in + out) elements to each module it targets; a module trained as a whole
+(embeddings, norms, `lora_modules_to_save`) is a second copy, as PEFT's `modules_to_save` makes it:
+the frozen original stays.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameter counts of a run.
+
+    Attributes:
+        base: of the base model, tied weights once.
+        lora: of the LoRA matrices.
+        copies: of the modules trained as a whole beside LoRA.
+        trained_base: parameters of the base model itself that are trained (full fine-tune).
+        quantizable: elements of the matrices that bitsandbytes quantizes: every linear layer
+            except the output head.
+        quantizable_rows: output rows of those matrices.
+        largest_matrix: elements of the largest of them.
+        largest_unit: parameters of the largest decoder layer or embedding: what ZeRO-3 and FSDP
+            gather at once.
+        outside_layers: parameters that belong to no decoder layer (embeddings, head).
+    """
+
+    base: int
+    lora: int
+    copies: int
+    trained_base: int
+    quantizable: int
+    quantizable_rows: int
+    largest_matrix: int
+    largest_unit: int
+    outside_layers: int
+
+    @property
+    def trained(self) -> int:
+        return self.lora + self.copies + self.trained_base
+
+    @property
+    def frozen(self) -> int:
+        return self.base - self.trained_base
+
+
+def _numel(modules: Iterable[Any]) -> int:
+    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
+
+
+def _targets(model: Any, target_modules: Sequence[str] | str) -> list[Any]:
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    kinds = (nn.Linear, nn.Embedding, Conv1D)
+    named = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    if target_modules == "all-linear":
+        return [m for _, m in named if not isinstance(m, nn.Embedding) and m is not head]
+    if not isinstance(target_modules, str):
+        target_modules = list(target_modules)
+    config = LoraConfig(target_modules=target_modules)
+    return [module for name, module in named if check_target_module_exists(config, name)]
+
+
+def count_parameters(
+    model: Any,
+    *,
+    lora_r: int | None = None,
+    target_modules: Sequence[str] | str = (),
+    target_parameters: Sequence[str] = (),
+    dora: bool = False,
+    saved_modules: Sequence[str] = (),
+    unfrozen: Sequence[str] = (),
+) -> Parameters:
+    """Count what a run trains.
+
+    Args:
+        model: a causal language model, weights or none.
+        lora_r: LoRA's rank; None for a full fine-tune.
+        target_modules: LoRA's targets as PEFT takes them: names, a regular expression, or
+            `all-linear`.
+        target_parameters: parameters (fused experts) that LoRA targets by name.
+        dora: one magnitude more for each output of a target.
+        saved_modules: names of modules trained as a whole beside LoRA, in full or from the end.
+        unfrozen: regular expressions of the only parameters a full fine-tune trains; all if empty.
+
+    Raises:
+        ValueError: LoRA's targets match nothing in this model.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    base = {name: p.numel() for name, p in model.named_parameters()}
+    linear = [
+        m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head
+    ]
+    layers = _decoder_layers(model)
+    in_layers = _numel(layers)
+    largest_layer = max((_numel([layer]) for layer in layers), default=0)
+
+    lora = copies = trained_base = 0
+    if lora_r is None:
+        trained_base = sum(
+            count
+            for name, count in base.items()
+            if not unfrozen or any(re.match(pattern.split("[")[0], name) for pattern in unfrozen)
+        )
+    else:
+        targets = _targets(model, target_modules)
+        fused = [
+            p
+            for name, p in model.named_parameters()
+            if any(name == t or name.endswith("." + t) for t in target_parameters)
+        ]
+        if not targets and not fused:
+            names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if m in linear})
+            raise ValueError(
+                f"lora_target_modules: {target_modules!r} match no module of this model; "
+                f"its linear layers are called {', '.join(names)}"
+            )
+        for module in targets:
+            rows, columns = module.weight.shape
+            lora += lora_r * (rows + columns) + (rows if dora else 0)
+        for parameter in fused:
+            *experts, rows, columns = parameter.shape
+            lora += lora_r * (rows + columns) * (experts[0] if experts else 1)
+        copies = _numel(
+            module
+            for name, module in model.named_modules()
+            if any(name == s or name.endswith("." + s) for s in saved_modules)
+        )
+    return Parameters(
+        base=sum(base.values()),
+        lora=lora,
+        copies=copies,
+        trained_base=trained_base,
+        quantizable=sum(m.weight.numel() for m in linear),
+        quantizable_rows=sum(m.weight.shape[0] for m in linear),
+        largest_matrix=max((m.weight.numel() for m in linear), default=0),
+        largest_unit=max(largest_layer, head.weight.numel()),
+        outside_layers=sum(base.values()) - in_layers,
+    )
+
+
+def _decoder_layers(model: Any) -> list[Any]:
+    from torch import nn
+
+    lists = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []

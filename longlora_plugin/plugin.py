@@ -1,0 +1,175 @@
+"""Axolotl's hooks. Each asks whether the recipe wants LongLoRA, calls one room, and logs a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from longlora_plugin.args import LongLoRAConfig
+from longlora_plugin.host import BasePlugin, RecipeError, after_merge, base_config, log
+from longlora_plugin.lowering import asks_for_longlora, lower
+
+
+class LongLoRAPlugin(BasePlugin):
+    """Long-context fine-tuning: S²-Attn, LoRA with trainable embeddings and norms, RoPE scaling.
+
+    Inert unless the recipe says `adapter: longlora` or has a `longlora:` block.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._handle: Any = None
+
+    def get_input_args(self) -> str:
+        return "longlora_plugin.args.LongLoRAArgs"
+
+    def register(self, cfg: Any) -> None:
+        """Validate the recipe and lower it; nothing is loaded or written before this passes."""
+        if not asks_for_longlora(cfg):
+            return
+        try:
+            updates, warnings = lower(cfg, base_config(cfg))
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+        cfg.update(updates)
+        for warning in warnings:
+            log.warning("LongLoRA: %s", warning)
+        after_merge(_finish_merge)
+
+    def pre_model_load(self, cfg: Any) -> None:
+        block = _block(cfg)
+        if block is None or block.resolved is None:
+            return
+        resolved = block.resolved
+        if resolved.config_fields:
+            log.info(
+                "LongLoRA RoPE: %s → %s, context %d → %d",
+                resolved.rope_before,
+                resolved.rope_after,
+                resolved.original_context,
+                resolved.target_context,
+            )
+        else:
+            log.info("LongLoRA RoPE: unchanged, %s", resolved.rope_before)
+
+    def pre_lora_load(self, cfg: Any, model: Any) -> None:
+        """Name the modules to train, now that the model says which they are."""
+        block = _block(cfg)
+        if not _trains_longlora(block):
+            return
+        from longlora_plugin import adapter
+        from longlora_plugin.hooks import find
+
+        names = [
+            name
+            for kind in block.trainable
+            for name in find("longlora_trainable_modules", kind, what="kind of trainable modules")(
+                model
+            )
+        ]
+        if names:
+            own = list(cfg.lora_modules_to_save or [])
+            chosen = adapter.shortest_names(model, names)
+            cfg.lora_modules_to_save = own + [name for name in chosen if name not in own]
+            if "embeddings" in block.trainable and adapter.embeddings_are_tied(model):
+                cfg.peft_ensure_weight_tying = True
+        if cfg.lora_target_modules and not _any_module_named(model, cfg.lora_target_modules):
+            cfg.lora_target_modules = adapter.attention_projections(model)
+
+    def post_model_load(self, cfg: Any, model: Any) -> None:
+        block = _block(cfg)
+        if block is None or block.resolved is None or cfg.merge_lora or cfg.inference:
+            return
+        if _trains_longlora(block):
+            from longlora_plugin.adapter import keep_fp32_masters
+
+            trained = keep_fp32_masters(model)
+            log.info(
+                "LongLoRA trains %d modules beside LoRA (%s): %s parameters, kept in %s, "
+                "computing in %s",
+                trained.modules,
+                ", ".join(block.trainable) or "none",
+                f"{trained.parameters:,}",
+                trained.dtype,
+                trained.compute_dtype,
+            )
+        if block.resolved.group_size:
+            from longlora_plugin.attention import enable_shifted_attention
+            from longlora_plugin.hooks import find
+
+            try:
+                self._handle = enable_shifted_attention(
+                    model,
+                    group_size=block.resolved.group_size,
+                    full_attention_below=block.full_attention_below,
+                    pattern=find(
+                        "longlora_attention_patterns",
+                        block.attention_pattern,
+                        what="attention pattern",
+                    ),
+                )
+            except ValueError as error:
+                raise RecipeError(str(error)) from error
+            skipped = "; ".join(
+                f"{count} × {reason}" for reason, count in self._handle.skipped.items()
+            )
+            log.info(
+                "LongLoRA shifted attention (%s): %d layers, group size %d of %d tokens%s",
+                block.attention_pattern,
+                self._handle.layers,
+                self._handle.group_size,
+                block.resolved.target_context,
+                f"; full attention in {skipped}" if skipped else "",
+            )
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        block = _block(cfg)
+        if block is None or self._handle is None:
+            return []
+        from longlora_plugin.attention.schedule import AttentionSchedule
+
+        return [
+            AttentionSchedule(
+                self._handle,
+                block.full_attention_steps_of,
+                lambda line: log.info("LongLoRA: %s", line),
+            )
+        ]
+
+    def post_train_unload(self, cfg: Any) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def post_lora_merge(self, cfg: Any, adapter_path: str, output_path: str) -> None:
+        _finish_merge(cfg, Path(adapter_path), Path(output_path))
+
+
+def _block(cfg: Any) -> LongLoRAConfig | None:
+    raw = cfg.longlora
+    return None if raw is None else LongLoRAConfig(**dict(raw))
+
+
+def _trains_longlora(block: LongLoRAConfig | None) -> bool:
+    return block is not None and block.resolved is not None and block.resolved.adapter == "longlora"
+
+
+def _any_module_named(model: Any, targets: Any) -> bool:
+    if isinstance(targets, str):
+        return True  # a regular expression, PEFT's to judge
+    return any(name.rsplit(".", 1)[-1] in targets for name, _ in model.named_modules())
+
+
+def _finish_merge(cfg: Any, adapter_dir: Path, merged_dir: Path) -> None:
+    block = _block(cfg)
+    if block is None or block.resolved is None:
+        return
+    from longlora_plugin import merge
+
+    if block.resolved.config_fields:
+        merge.write_config_fields(merged_dir, block.resolved.config_fields)
+        log.info("LongLoRA: merged config.json has %s", block.resolved.config_fields)
+    missing = merge.missing_full_tensors(adapter_dir, merged_dir)
+    if missing:
+        merge.write_full_tensors(merged_dir, missing)
+        log.info("LongLoRA: wrote %d trained tensors that the merge left out", len(missing))
