@@ -332,8 +332,8 @@ def _show_stats(total: Statistics) -> None:
     table.add_column("value", justify="right")
     table.add_row("pairs", f"{total.pairs:,}")
     table.add_row("documents", f"{total.documents:,}")
-    for name, number in total.kinds.items():
-        table.add_row(f"kind {name}", f"{number:,}")
+    for kind, pairs in total.kinds.items():
+        table.add_row(f"kind {kind}", f"{pairs:,}")
     for name, number in total.tasks.items():
         table.add_row(f"task {name}", f"{number:,}")
     for name, length in total.lengths.items():

@@ -156,10 +156,8 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
-        return {
-            name: dict(value) if isinstance(value, Counter) else value
-            for name, value in asdict(self).items()
-        }
+        # Not asdict, which cannot copy a Counter.
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,8 @@ class Reader:
 
     def _parse_apart(self, path: Path, form: str) -> dict[str, Any]:
         child = self._child = self._child or _start_child(TEXT_PER_FILE * self.max_bytes)
-        assert child.stdin is not None and child.stdout is not None
+        assert child.stdin is not None
+        assert child.stdout is not None
         request = json.dumps({"path": str(path.absolute()), "format": form})
         line: Future[bytes] = self._lines.submit(child.stdout.readline)
         try:

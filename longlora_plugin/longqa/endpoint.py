@@ -212,7 +212,7 @@ class Endpoint:
         self.answer_tokens = answer_tokens
         self._key = key
         self._openai: Any = openai
-        self._client = openai.OpenAI(
+        self._client: Any = openai.OpenAI(
             base_url=base_url,
             api_key=key or "not-needed",
             timeout=seconds,

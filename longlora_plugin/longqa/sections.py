@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from longlora_plugin.longqa.documents import INSTALL, Document
 
@@ -59,6 +60,7 @@ class Window:
 def split_sections(document: Document) -> list[Section]:
     """The sections of a document, in order; together they hold all its text."""
     text = document.text
+    starts: list[tuple[int, str | None]]
     if document.breaks:
         starts = list(document.breaks)
     elif document.style == "markdown":
@@ -98,7 +100,7 @@ def _markdown_headings(text: str) -> list[tuple[int, str | None]]:
     tokens = MarkdownIt("commonmark").parse(text)
     return [
         (offsets[token.map[0]], " ".join(after.content.split()) or None)
-        for token, after in zip(tokens, tokens[1:], strict=False)
+        for token, after in pairwise(tokens)
         if token.type == "heading_open" and token.level == 0 and token.map
     ]
 

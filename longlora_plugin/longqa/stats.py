@@ -250,7 +250,7 @@ def _warnings(
 
 
 def draw(rows: list[Described], path: Path, *, sequence_len: int | None = None) -> None:
-    """A PNG with two histograms: lengths of the pairs, and where in the text their answers stand."""
+    """A PNG with two histograms: lengths of the pairs, and the depth of their answers."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -21,6 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from longlora_plugin.longqa.sections import Section, Window, sentences
 
@@ -29,13 +30,18 @@ SHORTEST, LONGEST = 25, 320
 
 GAP = "_____"
 _LINE = {"code": "line"}
-_NO_NAMES = set(
-    "A An And As At But By For From Had Has He Her Here His How I If In It Its My No Nor Not Now O "
-    "Of Oh On Or Our She So Some Such That The Their Then There These They This Those Thou Thus To "
-    "We Well What When Where Which While Who Why With Yes You Your January February March April "
-    "May June July August September October November December Monday Tuesday Wednesday Thursday "
-    "Friday Saturday Sunday Chapter Section Figure Table Scene Act Enter Exit Exeunt".split()
-)
+# fmt: off
+_NO_NAMES = frozenset((
+    "A", "An", "And", "As", "At", "But", "By", "For", "From", "Had", "Has", "He", "Her", "Here",
+    "His", "How", "I", "If", "In", "It", "Its", "My", "No", "Nor", "Not", "Now", "O", "Of", "Oh",
+    "On", "Or", "Our", "She", "So", "Some", "Such", "That", "The", "Their", "Then", "There",
+    "These", "They", "This", "Those", "Thou", "Thus", "To", "We", "Well", "What", "When", "Where",
+    "Which", "While", "Who", "Why", "With", "Yes", "You", "Your", "January", "February", "March",
+    "April", "May", "June", "July", "August", "September", "October", "November", "December",
+    "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday", "Chapter",
+    "Section", "Figure", "Table", "Scene", "Act", "Enter", "Exit", "Exeunt",
+))
+# fmt: on
 _NAME = r"[A-Z][A-Za-z’'-]+(?: [A-Z][A-Za-z’'-]+)?"
 _TITLED = rf"(?:(?:Mr|Mrs|Miss|Ms|Dr|Sir|Lady|Lord|Captain|Colonel|Professor)\.? )?{_NAME}"
 _SAY = (
@@ -270,7 +276,7 @@ def order_of_events(material: Material, rng: random.Random) -> Pair | None:
         return None
     # One from each stretch of the text, so that the order spans all of it.
     edges = [len(found) * part // wanted for part in range(wanted + 1)]
-    told = [rng.choice(found[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    told = [rng.choice(found[a:b]) for a, b in pairwise(edges)]
     letters = "ABCD"[:wanted]
     shuffled = list(range(wanted))
     while shuffled == list(range(wanted)):

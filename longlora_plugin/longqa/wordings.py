@@ -15,7 +15,7 @@ FRAMES: dict[str, tuple[str, ...]] = {
     "paper": (
         "Here is a research paper. Read all of it; a question follows at the end.\n\n"
         "{document}\n\nThat was the paper. Answer this about it: {question}",
-        "I am going to show you a scientific article and then ask you something that it answers.\n\n"
+        "I am going to show you a scientific article, then ask you something that it answers.\n\n"
         "=== article ===\n{document}\n=== end of article ===\n\n{question}",
         "Study the following paper closely.\n\n<paper>\n{document}\n</paper>\n\n"
         "Using nothing but the paper, respond to this: {question}",
@@ -94,11 +94,10 @@ def row_texts(row: dict[str, Any]) -> tuple[str, str]:
     Raises:
         ValueError: the row is in neither layout.
     """
-    if isinstance(row.get("messages"), list) and row["messages"]:
-        turns = row["messages"]
+    turns = row.get("messages")
+    if isinstance(turns, list) and turns:
         if all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in turns):
-            asked = "\n\n".join(t["content"] for t in turns[:-1])
-            return asked, turns[-1]["content"]
+            return "\n\n".join(t["content"] for t in turns[:-1]), turns[-1]["content"]
     asked, answered = row.get("instruction"), row.get("output")
     if not isinstance(asked, str) or not isinstance(answered, str):
         raise ValueError(
