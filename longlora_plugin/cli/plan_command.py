@@ -96,12 +96,15 @@ def _print_tables(out: Any, plan: Any) -> None:
         highlight=False,
     )
     group = f"S², G = {plan.group_size}" if plan.group_size else "S² (rows too short for it)"
-    table = _table("TFLOPs of one row", "part", "forward, full", group, "step, full", f"step, {group}")
+    table = _table(
+        "TFLOPs of one row", "part", "forward, full", group, "step, full", f"step, {group}"
+    )
     for part in ("attention", "projections", "ffn", "others", "total"):
         table.add_row(
             part,
             *(
-                f"{counted[kind][part]:,.1f}" if counted[kind]["total"] >= 1
+                f"{counted[kind][part]:,.1f}"
+                if counted[kind]["total"] >= 1
                 else f"{counted[kind][part]:.3g}"
                 for counted in (plan.flops, plan.step)
                 for kind in ("full", "s2")
@@ -153,30 +156,37 @@ def _print_paper(out: Any) -> dict[str, Any]:
     from longlora_plugin.plan import paper
 
     ours = paper.table_11()
-    names = ("attention", "projections", "ffn", "others", "total")
-    table = _table("Table 11: TFLOPs of a forward pass, Llama2-7B (plan | paper)", "length", *names)
+    table = _table(
+        "Table 11: TFLOPs of a forward pass, Llama2-7B", "length", "", *paper.PARTS, "paper"
+    )
     for length, kinds in paper.TABLE_11.items():
         for kind, printed in kinds.items():
-            cells = [
-                f"{planned:.1f} | {value:.1f}"
-                for planned, value in zip(ours[length][kind].values(), printed, strict=True)
-            ]
-            table.add_row(f"{length} {'full' if kind == 'full' else 'S²'}", *cells)
+            planned = tuple(ours[length][kind].values())
+            said = "the same" if planned == printed else " ".join(map(str, printed))
+            table.add_row(
+                str(length),
+                "full" if kind == "full" else "S²",
+                *(f"{value:.1f}" for value in planned),
+                said,
+            )
     table.caption = "totals are sums of the printed parts, as in the paper"
     out.print(table)
 
     cells = paper.table_12()
     table = _table(
-        "Table 12: peak GiB a GPU, 7B, 8 × A100-80GB, ZeRO-2", "run", "length", "plan", "paper", "error"
+        "Table 12: peak GiB a GPU, 7B, 8 × A100-80GB, ZeRO-2",
+        "run",
+        "length",
+        "plan",
+        "paper",
+        "error",
     )
     for cell in cells:
-        planned = f"{cell.planned:.1f}"
-        if cell.error is None:
-            planned = "does not fit" if not cell.fits else planned
+        amount = f"{cell.planned:.1f}" if cell.fits else f"does not fit ({cell.planned:.1f})"
         table.add_row(
             cell.run,
             str(cell.length),
-            planned,
+            amount,
             "out of memory" if cell.paper is None else f"{cell.paper:.1f}",
             "" if cell.error is None else f"{cell.error:+.1%}",
         )
@@ -196,14 +206,14 @@ def _print_paper(out: Any) -> dict[str, Any]:
     table = _table(
         "Does it reach …, 8 × A100-80GB, ZeRO-3?", "model", "length", "needed", "total", "answer"
     )
-    for row in reach:
-        answer = "yes" if row.total <= paper.CARD.memory else "yes, tightly"
+    for goal in reach:
+        answer = "yes" if goal.total <= paper.CARD.memory else "yes, tightly"
         table.add_row(
-            row.model,
-            str(row.length),
-            f"{row.needed:.1f}",
-            f"{row.total:.1f}",
-            answer if row.fits else "no",
+            goal.model,
+            str(goal.length),
+            f"{goal.needed:.1f}",
+            f"{goal.total:.1f}",
+            answer if goal.fits else "no",
         )
     table.caption = "GiB a GPU; needed: tensors alone, total: what the allocator would like"
     out.print(table)
@@ -213,5 +223,5 @@ def _print_paper(out: Any) -> dict[str, Any]:
         "speedup": [
             {"length": length, "paper": hours, "planned": ratio} for length, hours, ratio in speed
         ],
-        "reach": [asdict(row) for row in reach],
+        "reach": [asdict(goal) for goal in reach],
     }

@@ -17,8 +17,8 @@ step         what an optimizer step holds for a moment: DeepSpeed's flattened (2
 activations  with checkpointing the input of each layer, 2 N d L; without, everything a layer saves,
              20 N d + 4 N d_kv + 8 N f or so (see `saved_by_layer`), times L.
 loss         12 N V while the loss runs backward (log-probabilities, their gradient and the
-             logits' gradient in fp32) and the last norm, 8 N d. Chunked: an eighth of it in fp32 and
-             two 16-bit copies. Fused with the head (Liger, Cut Cross Entropy): no logits.
+             logits' gradient in fp32) and the last norm, 8 N d. Chunked: an eighth of it in fp32
+             and two 16-bit copies. Fused with the head (Liger, Cut Cross Entropy): no logits.
 layer        where a layer's backward pass needs more than the loss: the excess.
 context      1 GiB for CUDA and its libraries, 1 GiB for NCCL with several GPUs.
 fragments    what the allocator reserves beyond the tensors: FRAGMENTS of activations, loss, layer.
@@ -29,7 +29,8 @@ within 2 %). The one constant fitted to Table 12 is FRAGMENTS.
 Assumptions: the parts add, also `step`, though it runs after the loss is gone: Table 12's full
 fine-tune is 20.6–22.7 GB above LoRA at *every* length, of which gradients and optimizer explain
 half; so the allocator does not hand the loss's memory to the step. Attention never stores its
-scores, unless it is `eager`. S² changes no part: it saves time, not memory, as Table 12 shows.
+scores, unless it is `eager`. S² saves time, not memory (Table 12); in torch's own kernels it keeps
+copies of the shifted heads.
 `needed` is the total without `fragments`: allocators return cached memory when a GPU is full, and
 Axolotl's default (expandable segments) fragments little, so a run fits if `needed` fits, and is
 `tight` where the total does not.
@@ -91,6 +92,7 @@ class Training:
         live_elements: parameters ZeRO-3 may keep gathered.
         loss: a key of LOGIT_BYTES.
         scores_width: keys a query's stored scores cover: `eager` attention only, else 0.
+        shifted_copies: S² in torch's own kernels (sdpa) keeps the shifted heads' share twice.
         dense_mask: attention gets an N × N mask.
     """
 
@@ -112,6 +114,7 @@ class Training:
     live_elements: int = 0
     loss: str = "full"
     scores_width: int = 0
+    shifted_copies: bool = False
     dense_mask: bool = False
 
 
@@ -166,6 +169,13 @@ def saved_by_layer(shape: ModelShape, *, adapter: bool, compute_bytes: int = 2) 
     return saved - (width * (shape.hidden + shape.ffn_width) if adapter else 0)
 
 
+def _shifted_half(shape: ModelShape, compute_bytes: int) -> float:
+    units = shape.heads if shape.kv_heads == 1 else shape.kv_heads
+    shifted = (units // 2) / units
+    both = shape.head_dim + shape.value_dim
+    return shifted * compute_bytes * (shape.heads + shape.kv_heads) * both
+
+
 def _layer_backward(shape: ModelShape, *, adapter: bool, compute_bytes: int) -> float:
     # The FFN's inner gradients while everything saved still lives; without an adapter the
     # product's memory is free by then.
@@ -217,6 +227,8 @@ def memory(shape: ModelShape, parameters: Parameters, training: Training) -> Mem
 
     tokens = training.sequence_len * training.micro_batch_size
     saved = saved_by_layer(shape, adapter=adapter, compute_bytes=width) * tokens
+    if training.shifted_copies:
+        saved += _shifted_half(shape, width) * tokens
     scores = shape.heads * tokens * min(training.scores_width, training.sequence_len) * (width + 4)
     saved += scores
     kept = width * shape.hidden * tokens if training.checkpointing else saved
@@ -250,7 +262,9 @@ def _base_weights(parameters: Parameters, training: Training, trained_width: int
     frozen = parameters.base - parameters.trained_base
     plain = parameters.trained_base * trained_width
     if training.quantization == "nf4":
-        return plain + parameters.quantizable * NF4_BYTES + (frozen - parameters.quantizable) * width
+        return (
+            plain + parameters.quantizable * NF4_BYTES + (frozen - parameters.quantizable) * width
+        )
     if training.quantization == "int8":
         rows = 4 * parameters.quantizable_rows
         return plain + parameters.quantizable + rows + (frozen - parameters.quantizable) * width

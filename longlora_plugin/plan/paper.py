@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from longlora_plugin.plan.flops import TERA, forward_flops, step_flops_ratio
+from longlora_plugin.plan.flops import forward_flops, step_flops_ratio
 from longlora_plugin.plan.gpus import GPUS
 from longlora_plugin.plan.memory import GIB, Training, memory
 from longlora_plugin.plan.parameters import Parameters, count_parameters
 from longlora_plugin.plan.shape import ModelShape, meta_model, shape_of
 
+PARTS = ("attention", "projections", "ffn", "others", "total")
 LENGTHS = (8192, 16384, 32768, 65536)
 TABLE_11 = {
     8192: {"full": (35.2, 35.2, 70.9, 2.2, 143.5), "s2": (8.8, 35.2, 70.9, 2.2, 117.1)},
@@ -40,7 +41,7 @@ TABLE_12_HOURS = {
     "LoRA": {8192: 6.0, 16384: 14.0, 32768: 36.5, 65536: 92.5},
     "LongLoRA": {8192: 5.2, 16384: 11.3, 32768: 24.6, 65536: 52.4},
 }
-LLAMA_2 = {
+LLAMA_2: dict[str, dict[str, int]] = {
     "7B": {},
     "13B": {
         "hidden_size": 5120,
@@ -126,8 +127,8 @@ def table_11() -> dict[int, dict[str, dict[str, float]]]:
     for length in LENGTHS:
         table[length] = {}
         for name, group in (("full", None), ("s2", length // 4)):
-            parts = vars(forward_flops(shape, length, group))
-            printed = {part: round(value / TERA, 1) for part, value in parts.items()}
+            counted = forward_flops(shape, length, group).tera()
+            printed = {part: round(counted[part], 1) for part in PARTS[:-1]}
             table[length][name] = {**printed, "total": round(sum(printed.values()), 1)}
     return table
 

@@ -101,9 +101,7 @@ def count_parameters(
 
     head = model.get_output_embeddings()
     base = {name: p.numel() for name, p in model.named_parameters()}
-    linear = [
-        m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head
-    ]
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     layers = _decoder_layers(model)
     in_layers = _numel(layers)
     largest_layer = max((_numel([layer]) for layer in layers), default=0)
@@ -156,4 +154,4 @@ def _decoder_layers(model: Any) -> list[Any]:
     from torch import nn
 
     lists = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    return list(max(lists, key=lambda layers: len(layers))) if lists else []

@@ -11,7 +11,14 @@ from longlora_plugin.plan.flops import forward_flops, step_flops
 from longlora_plugin.plan.gpus import GPUS, Gpu, find_gpu
 from longlora_plugin.plan.memory import GIB, Memory, Training, memory
 from longlora_plugin.plan.parameters import Parameters
-from longlora_plugin.plan.setup import block_of, parameters_of, training_of
+from longlora_plugin.plan.setup import (
+    attention_of,
+    block_of,
+    parameters_of,
+    training_of,
+    uses_own_attention,
+    uses_shifted_attention,
+)
 from longlora_plugin.plan.shape import ModelShape, meta_model, shape_of
 from longlora_plugin.recipe import Recipe
 
@@ -32,11 +39,14 @@ class Run:
     pattern: AttentionPattern
     full_attention_below: int
     full_steps_share: float
-    flash: bool
+    stores_scores: bool
+    own_attention: bool
 
     def memory_at(self, length: int) -> Memory:
         """Memory on each GPU with rows of `length` tokens."""
-        width = length if self.training.scores_width else 0
+        width = 0
+        if self.stores_scores:
+            width = length if self.own_attention else self.group_at(length) or length
         training = replace(self.training, sequence_len=length, scores_width=width)
         return memory(self.shape, self.parameters, training)
 
@@ -57,7 +67,7 @@ class Run:
             trains_base=self.parameters.trained_base > 0,
             lora_weights=self.parameters.lora,
             checkpointing=self.training.checkpointing,
-            flash=self.flash,
+            flash=not self.stores_scores,
             pattern=self.pattern,
         ).tera()
 
@@ -114,7 +124,7 @@ def prepare(recipe: Recipe, config: Any, gpus: int = 1) -> Run:
         raise ValueError(f"--gpus: got {gpus}; write the number of GPUs, at least 1")
     model = meta_model(config)
     block = block_of(recipe)
-    if recipe.block is not None and block.shifted_attention:
+    if uses_shifted_attention(recipe):
         block.group_size_for(recipe.sequence_len)  # its error comes before any figure
     training, notes = training_of(recipe, gpus)
     share = block.full_attention_steps
@@ -135,7 +145,8 @@ def prepare(recipe: Recipe, config: Any, gpus: int = 1) -> Run:
         ),
         full_attention_below=block.full_attention_below,
         full_steps_share=share,
-        flash=not training.scores_width,
+        stores_scores=attention_of(recipe) == "eager",
+        own_attention=uses_own_attention(recipe),
     )
 
 
@@ -177,7 +188,6 @@ def plan_recipe(recipe: Recipe, config: Any, gpu: str | None = None, gpus: int =
 def plan_run(recipe: Recipe, run: Run, card: Gpu | None) -> Plan:
     """The plan of a prepared recipe on a GPU."""
     length = recipe.sequence_len
-    block = block_of(recipe)
     group = run.group_at(length)
     step = {"full": run.step_at(length, None), "s2": run.step_at(length, group)}
     need = run.memory_at(length)
@@ -189,7 +199,7 @@ def plan_run(recipe: Recipe, run: Run, card: Gpu | None) -> Plan:
         adapter=recipe.adapter,
         sequence_len=length,
         group_size=group,
-        shifted_attention=recipe.block is not None and block.shifted_attention,
+        shifted_attention=uses_shifted_attention(recipe),
         parameters={
             "trained": counts.trained,
             "frozen": counts.frozen,
@@ -221,5 +231,3 @@ def plan_run(recipe: Recipe, run: Run, card: Gpu | None) -> Plan:
         ),
         notes=run.notes,
     )
-
-

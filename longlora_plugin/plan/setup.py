@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from longlora_plugin.args import LongLoRAConfig
+from longlora_plugin.lowering import LORA_DEFAULTS, LORA_TARGETS, attention_implementation
 from longlora_plugin.plan.memory import OPTIMIZERS, Training
 from longlora_plugin.plan.parameters import Parameters, count_parameters
 from longlora_plugin.recipe import Recipe
 
-LORA_R = 8
-"""The paper's rank (LongLoRA, appendix); `adapter: longlora` uses it where the recipe sets none."""
 DEEPSPEED_BUCKET = int(5e8)
 DEEPSPEED_LIVE = int(1e9)
 """DeepSpeed's defaults for `reduce_bucket_size` and `stage3_max_live_parameters`."""
@@ -43,12 +42,16 @@ def parameters_of(recipe: Recipe, model: Any) -> Parameters:
 
         assert recipe.block is not None
         for kind in recipe.block.trainable:
-            saved += find("longlora_trainable_modules", kind, what="trainable kind")(model)
+            saved += find("longlora_trainable_modules", kind, what="kind of trainable modules")(
+                model
+            )
         if not targets and not fused:
-            targets = attention_projections(model)
+            names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+            known = names.intersection(LORA_TARGETS)
+            targets = LORA_TARGETS if known else attention_projections(model)
     return count_parameters(
         model,
-        lora_r=int(raw.get("lora_r") or LORA_R),
+        lora_r=int(raw.get("lora_r") or LORA_DEFAULTS["lora_r"]),
         target_modules=targets,
         target_parameters=[fused] if isinstance(fused, str) else fused,
         dora=bool(raw.get("peft_use_dora")),
@@ -62,13 +65,13 @@ def training_of(recipe: Recipe, gpus: int) -> tuple[Training, tuple[str, ...]]:
     Raises:
         ValueError: the DeepSpeed file is neither there nor known by its name, or a wrong value.
     """
-    raw, notes = recipe.raw, []
+    raw = recipe.raw
+    notes: list[str] = []
     optimizer, temporaries = _optimizer(str(raw.get("optimizer") or "adamw_torch_fused"), notes)
     checkpointing = raw.get("gradient_checkpointing") or False
     fsdp = raw.get("fsdp_config") or {}
     offloaded = str(checkpointing).startswith("offload") or bool(raw.get("activation_offloading"))
-    own_attention = _own_attention(recipe)
-    attention = _attention(raw)
+    attention, own = attention_of(recipe), uses_own_attention(recipe)
     values: dict[str, Any] = {
         "sequence_len": recipe.sequence_len,
         "micro_batch_size": int(raw.get("micro_batch_size") or 1),
@@ -80,10 +83,8 @@ def training_of(recipe: Recipe, gpus: int) -> tuple[Training, tuple[str, ...]]:
         "optimizer": optimizer,
         "optimizer_temporaries": temporaries,
         "loss": _loss(raw),
-        "scores_width": recipe.sequence_len if own_attention and attention == "eager" else 0,
-        "dense_mask": own_attention
-        and attention in ("sdpa", "eager")
-        and bool(raw.get("sample_packing")),
+        "shifted_copies": attention == "sdpa" and uses_shifted_attention(recipe),
+        "dense_mask": own and attention in ("sdpa", "eager") and bool(raw.get("sample_packing")),
     }
     if raw.get("deepspeed"):
         values |= _deepspeed(raw["deepspeed"], recipe.path.parent, notes)
@@ -91,24 +92,25 @@ def training_of(recipe: Recipe, gpus: int) -> tuple[Training, tuple[str, ...]]:
         values |= _fsdp(fsdp, raw.get("fsdp") or [])
     for key in NOT_MODELLED:
         if int(raw.get(key) or 1) > 1:
-            notes.append(f"{key}: {raw[key]} is not modelled; every GPU is planned as data-parallel")
+            notes.append(
+                f"{key}: {raw[key]} is not modelled; every GPU is planned as data-parallel"
+            )
     return Training(**values), tuple(notes)
 
 
-def _own_attention(recipe: Recipe) -> bool:
-    # With S² alone no layer that could need a mask or scores over the whole row runs in training.
-    block = recipe.block
-    return block is None or not block.shifted_attention or block.full_attention_steps > 0
+def uses_shifted_attention(recipe: Recipe) -> bool:
+    return recipe.block is not None and recipe.block.shifted_attention
 
 
-def _attention(raw: Mapping[str, Any]) -> str:
-    name = str(raw.get("attn_implementation") or "")
-    if not name:
-        chosen = [key for key in raw if key.endswith("_attention") and raw[key] is True]
-        name = chosen[0] if chosen else "sdpa"
-    if name.startswith("eager"):
-        return "eager"
-    return "sdpa" if name.startswith("sdp") else "flash"
+def uses_own_attention(recipe: Recipe) -> bool:
+    """Whether any training step uses the model's own attention over whole rows."""
+    return not uses_shifted_attention(recipe) or block_of(recipe).full_attention_steps > 0
+
+
+def attention_of(recipe: Recipe) -> str:
+    """`eager`, `sdpa` or `flash` (any kernel that needs neither scores nor a dense mask)."""
+    name = attention_implementation(recipe.raw)
+    return name if name in ("eager", "sdpa") else "flash"
 
 
 def _quantization(recipe: Recipe) -> str | None:
@@ -163,7 +165,9 @@ def _deepspeed(value: Any, folder: Path, notes: list[str]) -> dict[str, Any]:
 
 def _by_name(value: str, notes: list[str]) -> dict[str, Any]:
     name = Path(value).name
-    match = re.fullmatch(r"zero([123])(?:_bf16)?(?:_torch_compile)?(_cpuoffload(?:_\w+)?)?\.json", name)
+    match = re.fullmatch(
+        r"zero([123])(?:_bf16)?(?:_torch_compile)?(_cpuoffload(?:_\w+)?)?\.json", name
+    )
     if not match:
         raise ValueError(
             f"deepspeed: {value} does not exist here and is not named like one of Axolotl's own "
