@@ -43,6 +43,7 @@ def command() -> None:
     type=click.Choice(["paper", "book", "report", "code"]),
     help="Of every document; default: judged for each.",
 )
+@click.option("--encoding", help="Of text files that are not UTF-8; default: detected.")
 @click.option("--language", default="en", show_default=True, help="ISO 639 code, for sentences.")
 @click.option(
     "--validation-share",
@@ -151,7 +152,11 @@ def _build(source: Path, out: Path, options: dict[str, Any]) -> Report:
         **{name: options[name] for name in ("validation_share", "model", "evidence_edits")},
         **{name: value for name, value in chosen.items() if value is not None},
     )
-    limits = {"max_file_mb": options["max_file_mb"], "seconds": options["read_seconds"]}
+    limits = {
+        "max_file_mb": options["max_file_mb"],
+        "seconds": options["read_seconds"],
+        "encoding": options["encoding"],
+    }
     endpoint = budget = None
     if options["base_url"]:
         budget = endpoints.Budget(
@@ -224,7 +229,7 @@ class _progress:
         self.bar.stop()
 
     def _update(self, report: Report) -> None:
-        pairs = sum(report.pairs.values())
+        pairs = report.pairs.total()
         self.bar.update(
             self.task,
             description=f"{report.documents} documents, {report.windows} windows, {pairs} pairs",
@@ -271,14 +276,14 @@ def _show_report(report: Report, out: Path, *, dry_run: bool) -> None:
         console.print(f"[red]{number} requests failed[/]: {escape(why)}", highlight=False)
     if report.stopped:
         click.echo(f"Stopped: {report.stopped}", err=True)
-    elif not dry_run and not sum(report.pairs.values()):
+    elif not dry_run and not report.pairs.total():
         click.echo(
             "No pairs: no document gave a question; see what was skipped and dropped above",
             err=True,
         )
     elif report.failed:
         click.echo("Incomplete: give the same command again to ask for what failed", err=True)
-    if not dry_run and sum(report.pairs.values()):
+    if not dry_run and report.pairs.total():
         console.print(
             f"{escape(str(out))} holds {report.pairs['train'] + report.pairs['short']:,} rows",
             highlight=False,

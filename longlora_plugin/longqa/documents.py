@@ -1,9 +1,9 @@
 """Readers: a file becomes text and where its parts begin; a bad file becomes one clear reason.
 
 Every format is read by a library (pypdf, markitdown for HTML and EPUB, markdown-it, pygments,
-charset-normalizer). Formats with a parser (PDF, EPUB, HTML) are read in a child process with a
+chardet). Formats with a parser (PDF, EPUB, HTML) are read in a child process with a
 memory cap and a time limit: what a broken or hostile file does there ends with the child, not with
-a build of many hours. The child speaks one JSON line a file: `{"path", "format"}` in,
+a build of many hours. The child speaks one JSON line a file: `{"path", "format", "encoding"}` in,
 `{"text", "title", "breaks"}` or `{"error"}` out.
 """
 
@@ -114,14 +114,22 @@ class Reader:
     Args:
         max_file_mb: larger files are refused before a byte is read.
         seconds: how long the child may work at one file.
+        encoding: of text files that are not UTF-8; None: detected for each.
 
     Attributes:
         kind: one of KINDS for every document; None: judged for each document.
     """
 
-    def __init__(self, *, max_file_mb: float = MAX_FILE_MB, seconds: float = READ_SECONDS) -> None:
+    def __init__(
+        self,
+        *,
+        max_file_mb: float = MAX_FILE_MB,
+        seconds: float = READ_SECONDS,
+        encoding: str | None = None,
+    ) -> None:
         self.max_bytes = int(max_file_mb * 1_000_000)
         self.seconds = seconds
+        self.encoding = encoding
         self.kind: str | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._lines = ThreadPoolExecutor(1)
@@ -144,7 +152,8 @@ class Reader:
             if form in _PARSED_APART:
                 got = self._parse_apart(path, form)
             else:
-                got = {"text": decode(path.read_bytes()), "title": None, "breaks": []}
+                text = decode(path.read_bytes(), self.encoding)
+                got = {"text": text, "title": None, "breaks": []}
         except OSError as error:
             raise Unreadable(f"cannot be read: {error.strerror or error}") from None
         limit = TEXT_PER_FILE * self.max_bytes
@@ -181,7 +190,9 @@ class Reader:
         child = self._child = self._child or _start_child(TEXT_PER_FILE * self.max_bytes)
         assert child.stdin is not None
         assert child.stdout is not None
-        request = json.dumps({"path": str(path.absolute()), "format": form})
+        request = json.dumps(
+            {"path": str(path.absolute()), "format": form, "encoding": self.encoding}
+        )
         line: Future[bytes] = self._lines.submit(child.stdout.readline)
         try:
             child.stdin.write(request.encode() + b"\n")
@@ -209,8 +220,11 @@ class Reader:
             self._child = None
 
 
-def decode(raw: bytes) -> str:
-    """Text of `raw`: UTF-8 (with or without a mark), else what charset-normalizer detects.
+def decode(raw: bytes, encoding: str | None = None) -> str:
+    """Text of `raw`: UTF-8 (with or without a mark), else `encoding`, else what is detected.
+
+    Args:
+        encoding: of files that are not UTF-8; None: chardet judges.
 
     Raises:
         Unreadable: no known encoding, or the bytes are no text.
@@ -218,18 +232,37 @@ def decode(raw: bytes) -> str:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        from charset_normalizer import from_bytes
-
-        best = from_bytes(raw).best()
-        if best is None:
+        name = encoding or _detect(raw)
+        try:
+            text = raw.decode(name or "ascii").removeprefix("\ufeff")
+        except (UnicodeDecodeError, LookupError):
             raise Unreadable(
-                "is in no encoding that is known; save it as UTF-8 (it may not be text at all)"
+                f"is neither UTF-8 nor {name}; save it as UTF-8"
+                if name
+                else "is in no known encoding (it may not be text); save it as UTF-8"
             ) from None
-        text = str(best)
     strange = sum(1 for char in text[:200_000] if not (char.isprintable() or char in "\t\n\r\f"))
     if strange > 0.01 * min(len(text), 200_000):
         raise Unreadable("is binary, not text")
     return text
+
+
+def _detect(raw: bytes) -> str | None:
+    from chardet import detect
+
+    wide = b"\x00" in raw[:1000] or raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if wide:
+        return detect(raw[:100_000])["encoding"]
+    # Only lines beyond ASCII tell encodings apart, and they may come late in a long file.
+    telling = b"\n".join(re.findall(rb"[^\n]*[\x80-\xff][^\n]*", raw)[:2000])
+    found = detect(telling[:100_000])["encoding"]
+    foreign = len(re.findall(rb"[\x80-\xff]", raw))
+    if found and foreign < 0.04 * len(raw):
+        # A few quotation marks and dashes are too little to judge by; this is what they mostly are.
+        with contextlib.suppress(UnicodeDecodeError):
+            raw.decode("cp1252")
+            return "cp1252"
+    return found
 
 
 def _code_or_plain(path: Path) -> tuple[str, str | None]:
@@ -345,7 +378,7 @@ def _serve(requests: IO[str], replies: IO[str], max_text: int) -> None:
         request = json.loads(line)
         form = request["format"]
         try:
-            reply = parsers[form](Path(request["path"]), max_text)
+            reply = parsers[form](Path(request["path"]), max_text, request["encoding"])
         except Unreadable as error:
             reply = {"error": str(error)}
         except ImportError as error:
@@ -359,7 +392,7 @@ def _serve(requests: IO[str], replies: IO[str], max_text: int) -> None:
         replies.flush()
 
 
-def _parse_pdf(path: Path, max_text: int) -> dict[str, Any]:
+def _parse_pdf(path: Path, max_text: int, encoding: str | None) -> dict[str, Any]:
     from pypdf import PdfReader
     from pypdf.errors import DependencyError, LimitReachedError
 
@@ -434,19 +467,19 @@ def _reflow_page(text: str) -> str:
     return "\n\n".join(paragraphs)
 
 
-def _parse_html(path: Path, max_text: int) -> dict[str, Any]:
+def _parse_html(path: Path, max_text: int, encoding: str | None) -> dict[str, Any]:
     from markitdown import StreamInfo
     from markitdown.converters import HtmlConverter
 
     # Links and pictures are stripped: their addresses are noise in a text to read.
-    stream = io.BytesIO(decode(path.read_bytes()).encode())
+    stream = io.BytesIO(decode(path.read_bytes(), encoding).encode())
     got = HtmlConverter().convert(
         stream, StreamInfo(charset="utf-8", extension=".html"), strip=["a", "img"]
     )
     return {"text": got.markdown, "title": got.title, "breaks": []}
 
 
-def _parse_epub(path: Path, max_text: int) -> dict[str, Any]:
+def _parse_epub(path: Path, max_text: int, encoding: str | None) -> dict[str, Any]:
     import zipfile
 
     from markitdown import StreamInfo

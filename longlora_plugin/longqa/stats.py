@@ -33,8 +33,8 @@ class Described:
     Attributes:
         tokens: as trained; None without a tokenizer and without a record.
         characters: of instruction and output.
-        depth: where the evidence (else the answer) first stands in the instruction, 0 to 1; None
-            where it does not stand there word for word.
+        depth: where the last of the evidence (else the answer) stands in the instruction, 0 to 1;
+            None where none of it stands there word for word.
     """
 
     file: str
@@ -155,7 +155,7 @@ def _document_of(asked: str) -> str:
 
 def _depth(asked: str, quotes: Iterable[str]) -> float | None:
     places = [place for quote in quotes if quote and (place := asked.find(quote)) >= 0]
-    return min(places) / max(1, len(asked)) if places else None
+    return max(places) / max(1, len(asked)) if places else None
 
 
 def summarize(
@@ -273,7 +273,7 @@ def draw(rows: list[Described], path: Path, *, sequence_len: int | None = None) 
     left.legend()
     right.bar([tenth * 10 + 5 for tenth in range(10)], summary.depths, width=9)
     right.set(
-        xlabel="where the answer's evidence begins [% of the instruction]",
+        xlabel="where the answer's last evidence stands [% of the instruction]",
         ylabel="pairs",
         title="Depth of the answers",
         xlim=(0, 100),

@@ -95,9 +95,13 @@ def row_texts(row: dict[str, Any]) -> tuple[str, str]:
         ValueError: the row is in neither layout.
     """
     turns = row.get("messages")
-    if isinstance(turns, list) and turns:
-        if all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in turns):
-            return "\n\n".join(t["content"] for t in turns[:-1]), turns[-1]["content"]
+    if (
+        isinstance(turns, list)
+        and len(turns) >= 2
+        and all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns)
+    ):
+        asked_in_turns = [turn["content"] for turn in turns[:-1]]
+        return "\n\n".join(asked_in_turns), turns[-1]["content"]
     asked, answered = row.get("instruction"), row.get("output")
     if not isinstance(asked, str) or not isinstance(answered, str):
         raise ValueError(
