@@ -62,6 +62,16 @@ from longlora_plugin.cli.evaluation_options import (
 @click.option("--tokens", "tokens_path", metavar="FILE", help="Token losses, safetensors.")
 @click.option("--long-ppl", is_flag=True, help="Also LongPPL: key tokens only, arXiv 2410.23771.")
 @click.option("--long-ppl-context", type=click.IntRange(min=2), help="Its short context, tokens.")
+@click.option(
+    "--long-ppl-gain",
+    type=float,
+    help="Least gain of a key token from the long context, nats. Default: the paper's 2.",
+)
+@click.option(
+    "--long-ppl-log-probability",
+    type=float,
+    help="Least log-probability of a key token, nats. Default: the paper's -2.",
+)
 @click.option("--long-ppl-model", help="Model that finds the key tokens. Default: the last.")
 @model_options
 @rows_options
@@ -79,6 +89,8 @@ def command(
     tokens_path: str | None,
     long_ppl: bool,
     long_ppl_context: int | None,
+    long_ppl_gain: float | None,
+    long_ppl_log_probability: float | None,
     long_ppl_model: str | None,
     models: tuple[str, ...],
     adapter: str | None,
@@ -94,11 +106,17 @@ def command(
     Rows that --json already has for the very same settings are kept, so a killed run goes on.
     """
     from rich.console import Console
+    from transformers.utils import logging
 
     from longlora_plugin.evaluation import report
     from longlora_plugin.evaluation.by_length import Contexts, Measurement, evaluate
     from longlora_plugin.evaluation.documents import held_out_data, join, read_corpus
-    from longlora_plugin.evaluation.long_ppl import KeyTokens, default_short_context
+    from longlora_plugin.evaluation.long_ppl import (
+        GAIN,
+        LOG_PROBABILITY,
+        KeyTokens,
+        default_short_context,
+    )
     from longlora_plugin.evaluation.models import (
         choose_dtype,
         load_tokenizer,
@@ -130,17 +148,25 @@ def command(
             for path in paths
         ]
     )
+    key_tokens = None
+    if long_ppl:
+        key_tokens = KeyTokens(
+            short_context=long_ppl_context or default_short_context(original),
+            gain=GAIN if long_ppl_gain is None else long_ppl_gain,
+            log_probability=LOG_PROBABILITY
+            if long_ppl_log_probability is None
+            else long_ppl_log_probability,
+        )
     measurement = Measurement(
         lengths=lengths or default_lengths(original, read.sequence_len),
         stride=stride,
         score=score,
         buckets=buckets[0] if buckets and len(buckets) == 1 else buckets,
         batch_size=batch_size,
-        long_ppl=KeyTokens(long_ppl_context or default_short_context(original))
-        if long_ppl
-        else None,
+        long_ppl=key_tokens,
         long_ppl_model=long_ppl_model,
     )
+    logging.disable_progress_bar()
     console = Console(stderr=True, quiet=not processes.main)
     with progress_bar(console) as on_progress:
         rows = evaluate(

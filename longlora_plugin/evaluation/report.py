@@ -15,6 +15,13 @@ COLORS = ("#4a5568", "#dd8452", "#2b6cb0", "#2f855a", "#805ad5", "#b83280")
 
 PLOT_DPI = 160
 
+TABLE: dict[str, Any] = {
+    "title_justify": "left",
+    "caption_justify": "left",
+    "title_style": "bold",
+    "min_width": 60,
+}
+
 
 def labels_of(rows: Sequence[Row]) -> list[str]:
     """The models of some rows, in their order."""
@@ -30,17 +37,18 @@ def length_table(rows: Sequence[Row], *, key: str = "perplexity") -> Table:
     """Models × lengths; with `key` "long_ppl" LongPPL instead of perplexity."""
     first = rows[0]
     mode = (
-        "each token once, with the context of its window"
+        "each token scored once"
         if first["score"] == "new"
-        else "mean over every token of every window (the original script's)"
+        else "every token of every window scored (the original script's average)"
     )
-    title = f"Perplexity by context length: {mode}"
+    title = "Perplexity by context length"
     if key == "long_ppl":
-        title = f"LongPPL: key tokens only, found by {first['long_ppl']['evaluator']}"
-    table = Table(title=title, title_justify="left", caption_justify="left")
+        title = "LongPPL by context length"
+        mode = f"key tokens only, found by {first['long_ppl']['evaluator']}"
+    table = Table(title=title, **TABLE)
     strides = sorted({row["stride"] for row in rows})
     table.caption = (
-        f"{first['data']}: {first['documents']} document(s); stride "
+        f"{mode}; {first['data']}: {first['documents']} document(s); stride "
         f"{', '.join(map(str, strides))}; ± half of the 95 % bootstrap interval"
         + (f" over {first['ci_over']}" if first["ci_over"] and key == "perplexity" else "")
     )
@@ -63,10 +71,9 @@ def bucket_table(rows: Sequence[Row]) -> Table:
     first = longest[0]
     table = Table(
         title=f"Perplexity by position, windows of {first['length']} tokens",
-        caption="tokens seen before the predicted one; original context "
+        caption="position: tokens seen before the predicted one; original context "
         f"{first['original_context']}",
-        title_justify="left",
-        caption_justify="left",
+        **TABLE,
     )
     table.add_column("position", justify="right")
     for row in longest:
@@ -172,7 +179,7 @@ def _with_interval(measure: dict[str, Any]) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2g}"
 
 
 def _middle(bucket: dict[str, Any]) -> float:
