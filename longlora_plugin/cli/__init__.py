@@ -15,6 +15,7 @@ COMMANDS = {
     "longqa": "Long-document question-answer data: build it, describe it.",
     "plan": "Will a recipe fit, what will it cost; from the config alone.",
     "eval": "Perplexity by context length and position.",
+    "passkey": "Retrieval of a hidden number by length and depth.",
 }
 """Command → its line in `--help`; each stands in the module `cli/<command>_command.py`."""
 

@@ -25,6 +25,23 @@ class Integers(click.ParamType):
             self.fail(f"{value!r}: write whole numbers with commas, for example 512,1024 or 8k")
 
 
+class Depths(click.ParamType):
+    """A list of shares between 0 and 1, separated by commas, or `random`."""
+
+    name = "depths"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        parts = [part.strip() for part in str(value).split(",") if part.strip()]
+        try:
+            return [part if part == "random" else float(part) for part in parts]
+        except ValueError:
+            self.fail(f"{value!r}: write shares with commas, for example 0,0.5,1, or random")
+
+
 def _whole(text: str) -> int:
     text = text.strip().lower()
     return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
