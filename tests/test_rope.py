@@ -31,6 +31,7 @@ from transformers import (
     Qwen2Config,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from longlora_plugin import hooks
 from longlora_plugin.hookspecs import hookimpl
@@ -552,6 +553,88 @@ def test_gemma_3_with_linear_global_layers_is_extended_there_only():
     }
 
 
+def test_options_without_a_factor_keep_the_factor_of_a_base_that_supports_the_target():
+    parameters = resolve_rope("llama3", LLAMA31, 4096, low_freq_factor=2).rope_parameters
+    assert parameters == {
+        **LLAMA31["rope_scaling"],
+        "rope_theta": 500000.0,
+        "low_freq_factor": 2.0,
+    }
+
+
+def test_replace_scales_from_the_original_context_even_below_the_supported_one():
+    resolved = resolve_rope("linear", LLAMA31, 65536, replace=True)
+    assert resolved.rope_parameters["factor"] == 8
+    assert resolved.max_position_embeddings == 65536
+
+
+def test_linear_on_gemma_4s_proportional_layers_divides_their_frequencies():
+    if "gemma4_text" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no Gemma 4")
+    sizes = {**GEMMA3, "global_head_dim": 32, "hidden_size_per_layer_input": 0}
+    config = tiny(CONFIG_MAPPING["gemma4_text"], vocab_size_per_layer_input=64, **sizes)
+    before = buffer_of(build(copy.deepcopy(config)), "full_attention")
+    resolved = resolve_rope("linear", config, TARGET)
+    assert resolved.rope_parameters["full_attention"]["rope_type"] == "proportional"
+    apply_rope(config, resolved)
+    np.testing.assert_allclose(buffer_of(build(config), "full_attention"), before / 4, rtol=2e-6)
+    with pytest.raises(ValueError, match="write rope: linear to extend that"):
+        resolve_rope("yarn", config, 2 * TARGET)
+
+
+@pytest.mark.parametrize(("preset", "options"), [("ntk", {}), ("theta", {"theta": 1e6})])
+def test_a_theta_that_the_model_type_does_not_read_is_refused(preset, options):
+    if "granite_swa" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no Granite SWA")
+    config = tiny(CONFIG_MAPPING["granite_swa"])
+    assert resolve_rope("linear", config, TARGET).extended
+    with pytest.raises(ValueError, match=r"'granite_swa' does not read.*write rope: linear"):
+        resolve_rope(preset, config, TARGET, **options)
+
+
+@pytest.mark.parametrize("form", [dict, lambda fields: Phi3Config(**fields)])
+def test_neither_resolving_nor_using_the_result_changes_a_base_with_lists(form):
+    scaling = {"type": "longrope", **lists(16)}
+    fields = {**TINY, "partial_rotary_factor": 0.5, "max_position_embeddings": 512}
+    base = form({**fields, "original_max_position_embeddings": 128, "rope_scaling": scaling})
+    before = copy.deepcopy(dict(base) if isinstance(base, dict) else base.to_dict())
+    for target in (512, 1024):
+        resolved = resolve_rope("longrope", base, target)
+        resolved.rope_parameters["short_factor"].append(0.0)
+        resolved.rope_parameters["factor"] = 0
+    assert (base if isinstance(base, dict) else base.to_dict()) == before
+
+
+def test_a_typed_mapping_is_not_completed_in_place():
+    base = copy.deepcopy(QWEN25_YARN)
+    resolve_rope("yarn", base, 262144)
+    assert base == QWEN25_YARN
+
+
+def test_configs_do_not_share_what_is_applied_to_them():
+    first, second = tiny(LlamaConfig), tiny(LlamaConfig)
+    resolved = resolve_rope("linear", first, TARGET)
+    apply_rope(first, resolved)
+    apply_rope(second, resolved)
+    first.rope_parameters["factor"] = 99.0
+    assert second.rope_parameters["factor"] == 4
+    assert resolved.rope_parameters["factor"] == 4
+
+
+def test_the_first_phi_3_configs_are_read_as_longrope():
+    scaling = {"type": "su", "short_factor": [1.0], "long_factor": [2.0]}
+    phi3 = {**LLAMA2, "max_position_embeddings": 131072, "rope_scaling": scaling}
+    phi3["original_max_position_embeddings"] = 4096
+    assert (original_context_of(phi3), supported_context_of(phi3)) == (4096, 131072)
+    parameters = rope_parameters_of(phi3)
+    assert (parameters["rope_type"], parameters["factor"]) == ("longrope", 32)
+
+
+def test_the_text_part_of_a_plain_multimodal_mapping_counts():
+    assert original_context_of({"vision_config": {}, "text_config": LLAMA31}) == 8192
+    assert supported_context_of({"vision_config": {}, "text_config": LLAMA2}) == 4096
+
+
 def test_model_specific_keys_are_kept():
     base = {**LLAMA2, "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]}}
     parameters = resolve_rope("yarn", base, 32768).rope_parameters
@@ -608,9 +691,10 @@ def test_original_context_that_contradicts_a_stored_one_is_refused():
         {"model_type": "mpt"},
         FalconConfig(alibi=True),
         {"model_type": "gptj"},
+        {"model_type": "granitemoehybrid"},
         SimpleNamespace(max_position_embeddings=4096),
     ],
-    ids=["gpt2", "bloom", "mpt", "falcon with alibi", "gptj", "unnamed"],
+    ids=["gpt2", "bloom", "mpt", "falcon with alibi", "gptj", "nope", "unnamed"],
 )
 def test_a_base_without_rope_is_refused_by_name_unless_the_preset_is_none(base):
     name = base.get("model_type") if isinstance(base, dict) else getattr(base, "model_type", "unn")

@@ -158,12 +158,14 @@ def maximum_of(config: Any) -> int | None:
 
 def rotary_dim_of(config: Any) -> int:
     """Dimensions of a head that are rotated, in the layers to extend; 0 where nothing says."""
+    layer_type, layer = extended_layer(rope_parameters_of(config))
+    if getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[layer_type or 0]
     head_dim = getattr(config, "head_dim", None) or getattr(config, "qk_rope_head_dim", None)
     if not head_dim:
         hidden = getattr(config, "hidden_size", None)
         heads = getattr(config, "num_attention_heads", None)
         head_dim = hidden // heads if hidden and heads else 0
-    layer = extended_layer(rope_parameters_of(config))[1]
     return int(head_dim * float(layer.get("partial_rotary_factor") or 1.0))
 
 
