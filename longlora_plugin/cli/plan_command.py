@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from longlora_plugin.plan import Plan
 
 
 @click.command("plan")
@@ -82,7 +85,7 @@ def _table(title: str, *columns: str) -> Any:
     return table
 
 
-def _print_tables(out: Any, plan: Any) -> None:
+def _print_tables(out: Any, plan: Plan) -> None:
     counts = plan.parameters
     share = counts["trained"] / (counts["trained"] + counts["frozen"])
     out.print(
@@ -129,27 +132,32 @@ def _print_tables(out: Any, plan: Any) -> None:
     if plan.gpu:
         out.print(_verdict(plan), highlight=False, soft_wrap=True)
     else:
-        table = _table(f"On {plan.gpus} × …", "GPU", "fits", "longest sequence_len")
+        table = _table(f"On {plan.gpus} × …", "GPU", "fits", "longest with room", "longest")
         for row in plan.by_gpu:
-            word = "no" if not row["fits"] else "tight" if row["tight"] else "yes"
-            table.add_row(row["gpu"], word, f"{row['largest_sequence_len']:,}")
+            word = "no" if not row.fits else "tight" if row.tight else "yes"
+            longest = (row.comfortable_sequence_len, row.largest_sequence_len)
+            table.add_row(row.gpu, word, *(f"{length:,}" for length in longest))
         out.print(table)
     for note in plan.notes:
         out.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
-def _verdict(plan: Any) -> str:
+def _verdict(plan: Plan) -> str:
     where = f"{plan.gpus} × {plan.gpu} ({plan.gpu_memory:g} GiB)"
+    need, total = (f"{plan.memory[key]:.1f} GiB" for key in ("needed", "total"))
     if not plan.fits:
-        word = f"does not fit {where}: {plan.memory['needed']:.1f} GiB needed"
+        word = f"does not fit {where}: {need} of tensors"
     elif plan.tight:
         word = (
-            f"fits {where}, but tightly: {plan.memory['needed']:.1f} GiB of tensors; "
-            "keep Axolotl's expandable segments on (PYTORCH_ALLOC_CONF)"
+            f"may just fit {where}: {need} of tensors, but {total} as allocators usually "
+            "fragment; leave Axolotl's PYTORCH_ALLOC_CONF (expandable segments) as it is"
         )
     else:
         word = f"fits {where}"
-    return f"{word}; longest sequence_len that fits: {plan.largest_sequence_len:,}"
+    return (
+        f"{word}; longest sequence_len: {plan.comfortable_sequence_len:,} with room for "
+        f"fragments, {plan.largest_sequence_len:,} at most"
+    )
 
 
 def _print_paper(out: Any) -> dict[str, Any]:

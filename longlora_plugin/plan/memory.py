@@ -17,14 +17,16 @@ step         what an optimizer step holds for a moment: DeepSpeed's flattened (2
 activations  with checkpointing the input of each layer, 2 N d L; without, everything a layer saves,
              20 N d + 4 N d_kv + 8 N f or so (see `saved_by_layer`), times L.
 loss         12 N V while the loss runs backward (log-probabilities, their gradient and the
-             logits' gradient in fp32) and the last norm, 8 N d. Chunked: an eighth of it in fp32
-             and two 16-bit copies. Fused with the head (Liger, Cut Cross Entropy): no logits.
+             logits' gradient in fp32) and the last norm, 8 N d; at least that norm's backward
+             pass, 24 N d. Chunked: an eighth of the logits in fp32 and two 16-bit copies. Fused
+             with the head (Liger, Cut Cross Entropy): no logits.
 layer        where a layer's backward pass needs more than the loss: the excess.
 context      1 GiB for CUDA and its libraries, 1 GiB for NCCL with several GPUs.
 fragments    what the allocator reserves beyond the tensors: FRAGMENTS of activations, loss, layer.
 
-`activations`, `loss` and `layer` were compared with the live tensors of real training steps (tests,
-within 2 %). The one constant fitted to Table 12 is FRAGMENTS.
+`activations`, `loss` and `layer` were compared with the live tensors of real training steps
+(`tests/test_plan.py`). `context` is two round figures; the one constant fitted to Table 12 is
+FRAGMENTS.
 
 Assumptions: the parts add, also `step`, though it runs after the loss is gone: Table 12's full
 fine-tune is 20.6–22.7 GB above LoRA at *every* length, of which gradients and optimizer explain
@@ -234,7 +236,8 @@ def memory(shape: ModelShape, parameters: Parameters, training: Training) -> Mem
     kept = width * shape.hidden * tokens if training.checkpointing else saved
     activations = 0.0 if training.offload_activations else kept * shape.layers
     last_norm = (4 + (1 if adapter else 2) * width) * shape.hidden
-    loss = tokens * (LOGIT_BYTES[training.loss] * shape.vocab + last_norm)
+    logits = LOGIT_BYTES[training.loss] * shape.vocab + last_norm
+    loss = tokens * max(logits, (20 + 2 * width) * shape.hidden)
     layer = _layer_backward(shape, adapter=adapter, compute_bytes=width) * tokens
     layer += saved if training.checkpointing else 0
     layer += scores

@@ -31,7 +31,7 @@ TABLE_11 = {
     },
 }
 """TFLOPs of a forward pass: attention, projections, FFN, others, total."""
-TABLE_12 = {
+TABLE_12: dict[str, dict[int, float | None]] = {
     "full fine-tune": {8192: 46.3, 16384: 57.4, 32768: 68.8, 65536: None},
     "LoRA": {8192: 25.7, 16384: 34.7, 32768: 46.5, 65536: 71.1},
     "LongLoRA": {8192: 25.6, 16384: 34.6, 32768: 46.4, 65536: 69.8},

@@ -153,5 +153,8 @@ def count_parameters(
 def _decoder_layers(model: Any) -> list[Any]:
     from torch import nn
 
-    lists = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=lambda layers: len(layers))) if lists else []
+    depth = model.config.get_text_config().num_hidden_layers
+    for module in model.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return list(module)
+    return []

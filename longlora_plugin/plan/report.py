@@ -73,6 +73,25 @@ class Run:
 
 
 @dataclass(frozen=True)
+class OnGpu:
+    """How a run does on one kind of GPU.
+
+    Attributes:
+        gpu: its name.
+        fits: `needed` fits.
+        tight: it fits, `total` does not: whether it runs is up to the allocator.
+        largest_sequence_len: the longest row that fits, in tokens; 0 where none does.
+        comfortable_sequence_len: the longest whose `total` fits.
+    """
+
+    gpu: str
+    fits: bool
+    tight: bool
+    largest_sequence_len: int
+    comfortable_sequence_len: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a recipe costs. FLOPs in 10¹², memory in GiB on each GPU, lengths in tokens.
 
@@ -86,7 +105,8 @@ class Plan:
         speedup: full over S² of `step`: what to expect of a step that arithmetic sets the pace of.
         speedup_run: the same over a run whose last `full_attention_steps` use full attention.
         memory: by part; `total` is what nvidia-smi shows, `needed` what must fit.
-        fits, tight, largest_sequence_len: on the GPU that was named, else None.
+        fits, tight, largest_sequence_len, comfortable_sequence_len: as in OnGpu, on the GPU that
+            was named, else None.
         by_gpu: the same for every known GPU where none was named.
         notes: what had to be assumed.
     """
@@ -108,7 +128,8 @@ class Plan:
     fits: bool | None
     tight: bool | None
     largest_sequence_len: int | None
-    by_gpu: tuple[dict[str, Any], ...]
+    comfortable_sequence_len: int | None
+    by_gpu: tuple[OnGpu, ...]
     notes: tuple[str, ...]
 
 
@@ -122,7 +143,7 @@ def prepare(recipe: Recipe, config: Any, gpus: int = 1) -> Run:
 
     if gpus < 1:
         raise ValueError(f"--gpus: got {gpus}; write the number of GPUs, at least 1")
-    model = meta_model(config)
+    model = meta_model(config, trust_remote_code=recipe.raw.get("trust_remote_code") is True)
     block = block_of(recipe)
     if uses_shifted_attention(recipe):
         block.group_size_for(recipe.sequence_len)  # its error comes before any figure
@@ -155,18 +176,37 @@ def fits(plan: Memory, gpu: Gpu) -> bool:
     return plan.needed <= gpu.memory * GIB
 
 
-def largest_sequence_len(run: Run, gpu: Gpu) -> int:
-    """The largest multiple of STEP tokens that fits, by bisection; 0 where not even one does."""
+def largest_sequence_len(run: Run, gpu: Gpu, *, comfortably: bool = False) -> int:
+    """The largest multiple of STEP tokens that fits, by bisection; 0 where not even one does.
+
+    Args:
+        comfortably: with room for what the allocator fragments.
+    """
+
+    def enough(steps: int) -> bool:
+        plan = run.memory_at(steps * STEP)
+        return plan.total <= gpu.memory * GIB if comfortably else fits(plan, gpu)
+
     low, high = 0, 1
-    while high * STEP < LONGEST and fits(run.memory_at(high * STEP), gpu):
+    while high * STEP < LONGEST and enough(high):
         low, high = high, high * 2
     while high - low > 1:
         middle = (low + high) // 2
-        if fits(run.memory_at(middle * STEP), gpu):
+        if enough(middle):
             low = middle
         else:
             high = middle
     return low * STEP
+
+
+def _on(run: Run, need: Memory, gpu: Gpu) -> OnGpu:
+    return OnGpu(
+        gpu=gpu.name,
+        fits=fits(need, gpu),
+        tight=fits(need, gpu) and need.total > gpu.memory * GIB,
+        largest_sequence_len=largest_sequence_len(run, gpu),
+        comfortable_sequence_len=largest_sequence_len(run, gpu, comfortably=True),
+    )
 
 
 def plan_recipe(recipe: Recipe, config: Any, gpu: str | None = None, gpus: int = 1) -> Plan:
@@ -194,6 +234,7 @@ def plan_run(recipe: Recipe, run: Run, card: Gpu | None) -> Plan:
     share = run.full_steps_share
     full, sparse = step["full"]["total"], step["s2"]["total"]
     counts = run.parameters
+    here = _on(run, need, card) if card else None
     return Plan(
         base_model=recipe.base_model,
         adapter=recipe.adapter,
@@ -215,19 +256,10 @@ def plan_run(recipe: Recipe, run: Run, card: Gpu | None) -> Plan:
         gpus=run.training.gpus,
         gpu=card.name if card else None,
         gpu_memory=card.memory if card else None,
-        fits=fits(need, card) if card else None,
-        tight=fits(need, card) and need.total > card.memory * GIB if card else None,
-        largest_sequence_len=largest_sequence_len(run, card) if card else None,
-        by_gpu=()
-        if card
-        else tuple(
-            {
-                "gpu": known.name,
-                "fits": fits(need, known),
-                "tight": fits(need, known) and need.total > known.memory * GIB,
-                "largest_sequence_len": largest_sequence_len(run, known),
-            }
-            for known in GPUS.values()
-        ),
+        fits=here.fits if here else None,
+        tight=here.tight if here else None,
+        largest_sequence_len=here.largest_sequence_len if here else None,
+        comfortable_sequence_len=here.comfortable_sequence_len if here else None,
+        by_gpu=() if card else tuple(_on(run, need, known) for known in GPUS.values()),
         notes=run.notes,
     )

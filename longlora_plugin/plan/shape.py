@@ -53,17 +53,26 @@ class ModelShape:
         return self.ffn_weights / (3 * self.hidden * self.layers)
 
 
-def meta_model(config: Any) -> Any:
-    """The causal language model of a transformers config, without weights.
+def meta_model(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The language model of a transformers config, text only or with vision, without weights.
 
     Raises:
-        ValueError: transformers has no causal language model for the config.
+        ValueError: transformers has no generating model for the config.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        remote = trust_remote_code and auto.__name__ in (getattr(config, "auto_map", None) or {})
+        if remote or type(config) in auto._model_mapping:
+            with torch.device("meta"):
+                return auto.from_config(
+                    config, attn_implementation="eager", trust_remote_code=trust_remote_code
+                )
+    raise ValueError(
+        f"base_model: transformers has no language model for model_type {config.model_type!r}; "
+        "plan needs a decoder that generates text"
+    )
 
 
 def shape_of(model: Any) -> ModelShape:
@@ -84,7 +93,10 @@ def shape_of(model: Any) -> ModelShape:
         for name, parameter in module.named_parameters(recurse=False):
             if "norm" in type(module).__name__.lower():
                 if name == "weight":
-                    norms += parameter.numel() * _uses_a_token(path, heads, kv_heads)
+                    per_head = parameter.numel() == head_dim
+                    norms += parameter.numel() * (
+                        _heads_of(path, heads, kv_heads) if per_head else 1
+                    )
             elif parameter.ndim < 2 or isinstance(module, nn.Embedding) or module is head:
                 continue
             elif "attn" in path or "attention" in path:
@@ -116,10 +128,10 @@ def _rotary_share(text: Any) -> float:
     return float(share or getattr(text, "partial_rotary_factor", None) or 1.0)
 
 
-def _uses_a_token(path: str, heads: int, kv_heads: int) -> int:
-    # A query or key norm is one head wide and runs once a head.
+def _heads_of(path: str, heads: int, kv_heads: int) -> int:
+    # A query or key norm that is one head wide runs once a head.
     name = path.rsplit(".", 1)[-1]
-    return {"q": heads, "k": kv_heads}.get(name[0], 1) if name[1:2] == "_" else 1
+    return heads if name.startswith("q_") else kv_heads if name.startswith("k_") else 1
 
 
 def _routed_share(text: Any) -> float:
