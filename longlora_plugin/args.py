@@ -20,8 +20,9 @@ class Resolved(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    adapter: str | None = Field(description="The adapter the recipe asked for.")
-    group_size: int | None = Field(description="Tokens in a group; None without S²-Attn.")
+    # Axolotl drops keys whose value is None, so what may be None needs a default.
+    adapter: str | None = Field(default=None, description="The adapter the recipe asked for.")
+    group_size: int | None = Field(default=None, description="Group size; None without S²-Attn.")
     original_context: int = Field(description="Tokens the base model was made for.")
     target_context: int = Field(description="Tokens to extend to: the recipe's sequence_len.")
     rope_before: dict[str, Any] = Field(description="rope_parameters of the base model.")
@@ -63,7 +64,7 @@ class LongLoRAConfig(BaseModel):
         default=["embeddings", "norms"],
         description="Kinds of modules trained beside LoRA; used with `adapter: longlora` only.",
     )
-    rope: str | dict[str, Any] | None = Field(
+    rope: str | dict[str, Any] = Field(
         default="linear",
         description="RoPE preset: a name, a mapping `{preset: yarn, factor: 8}`, or `none`.",
     )
@@ -118,7 +119,7 @@ class LongLoRAConfig(BaseModel):
         """Name of the RoPE preset; `none` where the recipe switches RoPE scaling off."""
         if isinstance(self.rope, Mapping):
             return str(self.rope.get("preset", "none"))
-        return self.rope or "none"
+        return self.rope
 
     @property
     def rope_options(self) -> dict[str, Any]:
@@ -127,9 +128,11 @@ class LongLoRAConfig(BaseModel):
             return {}
         return {key: value for key, value in self.rope.items() if key != "preset"}
 
-    @field_validator("rope")
+    @field_validator("rope", mode="before")
     @classmethod
     def _mapping_names_its_preset(cls, value: Any) -> Any:
+        if value is None:
+            return "none"  # `rope: null` in YAML
         if isinstance(value, Mapping) and "preset" not in value:
             raise ValueError(
                 f"got a mapping without a preset ({sorted(value)}); "

@@ -1,4 +1,4 @@
-"""From a LongLoRA recipe to Axolotl's: what is written, and what is refused before anything loads."""
+"""From a LongLoRA recipe to Axolotl's: what is written, and what is refused before loading."""
 
 from __future__ import annotations
 
