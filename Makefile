@@ -1,0 +1,51 @@
+# `make demo` and `make test` do all set-up on a fresh machine; everything stays in .venv and outputs.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+	2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+# A CPU wheel where the index has one; any torch that Axolotl accepts works (TORCH=torch).
+TORCH ?= torch==2.13.0
+OUT := outputs/quickstart
+RECIPE := examples/configs/quickstart-cpu.yml
+
+export AXOLOTL_DO_NOT_TRACK := 1
+export HF_HUB_OFFLINE := 1
+export PATH := $(BIN):$(PATH)
+
+.PHONY: demo test test-matrix lint bench docs study install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+# The in-process launcher: one process on a CPU needs no accelerate, and it starts 10 s sooner.
+demo: install
+	python examples/quickstart/text.py $(OUT)/text
+	rm -rf $(OUT)/run $(OUT)/eval.json
+	axolotl train $(RECIPE) --launcher python
+	axolotl longlora eval $(RECIPE) --data $(OUT)/text/heldout.jsonl --lengths 256,2048 \
+		--stride 2048 --max-tokens 65536 --json $(OUT)/eval.json --plot $(OUT)/perplexity.png
+	axolotl merge-lora $(RECIPE)
+	python examples/quickstart/summary.py $(OUT)
+
+test: install
+	python -m pytest
+
+lint: install
+	ruff check .
+	ruff format --check .
+	mypy longlora_plugin
+
+bench: install
+	python benchmarks/attention.py --json outputs/bench/attention.json --plot outputs/bench/attention.png
+
+clean:
+	rm -rf $(VENV) outputs
