@@ -104,6 +104,7 @@ def shifted_sparse_attention(
     if (
         key.shape != (batch, kv_heads, length, head_dim)
         or value.shape[:3] != key.shape[:3]
+        or kv_heads == 0
         or heads % kv_heads
     ):
         raise ValueError(

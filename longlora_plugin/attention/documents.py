@@ -53,6 +53,11 @@ def from_boundaries(cu_seqlens: torch.Tensor, length: int) -> Documents:
     Raises:
         ValueError: the boundaries do not cover the row.
     """
+    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens must be int32 [documents + 1], got {cu_seqlens.dtype} of shape "
+            f"{list(cu_seqlens.shape)}"
+        )
     cuts = cu_seqlens.tolist()
     if len(cuts) < 2 or cuts[0] != 0 or cuts[-1] != length or cuts != sorted(cuts):
         raise ValueError(
@@ -74,8 +79,8 @@ def from_ids(
     Args:
         document_ids: integer [B, N], equal ids that follow each other are one document,
             `PADDING` is padding.
-        position_ids: integer [B, N] or [1, N]; a document starts where one is not its
-            predecessor plus one.
+        position_ids: integer [B, N] or [1, N]; a document starts where positions do not go on
+            from the real token before: by one, or over a hole of padding by the hole's length.
     """
     if document_ids is None and position_ids is None:
         return whole_rows(batch, length)
@@ -86,6 +91,8 @@ def from_ids(
     if document_ids is not None:
         ids = document_ids.reshape(-1)
         kept = (ids != PADDING).nonzero().flatten()
+        if not len(kept):
+            return whole_rows(batch, length)  # a dummy batch: nothing looks at what comes out
         if len(kept) < len(ids):
             real, ids = kept, ids[kept]
             rows = kept // length
@@ -94,9 +101,11 @@ def from_ids(
         starts[1:] |= ids[1:] != ids[:-1]
     if position_ids is not None:
         positions = position_ids.expand(batch, length).reshape(-1).to(device)
+        goes_on = positions.diff() == 1
         if real is not None:
-            positions = positions[real]
-        starts[1:] |= positions[1:] != positions[:-1] + 1
+            steps = positions[real].diff()
+            goes_on = (steps == 1) | (steps == real.diff())
+        starts[1:] |= ~goes_on
     cuts = [*starts.nonzero().flatten().tolist(), len(starts)]
     intervals = tuple((a, b - a) for a, b in pairwise(cuts))
     return Documents(batch, length, intervals, real)
@@ -109,6 +118,7 @@ def ids_of_mask(
     batch: int,
     length: int,
     device: torch.device | str,
+    position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Document ids of an index-based mask function of transformers, in O(B·N).
 
@@ -120,6 +130,8 @@ def ids_of_mask(
     Args:
         mask_function: takes four broadcastable index tensors.
         padding_mask: bool [B, ≥ N], True for real tokens; None where all are.
+        position_ids: integer [B, N] or [1, N]; a document starts also where a real token's is not
+            that of the real token before plus one.
 
     Returns:
         int64 [B, N] document ids, `PADDING` for padding; None where the mask is not causal
@@ -143,6 +155,9 @@ def ids_of_mask(
     last_real = torch.where(real, here, -1).cummax(dim=1).values
     previous = torch.cat([here.new_full((batch, 1), -1), last_real[:, :-1]], dim=1)
     start = real & ((previous < 0) | ~sees(here, previous.clamp(min=0)))
+    if position_ids is not None:
+        positions = position_ids.to(device).expand(batch, length)
+        start |= real & (positions != positions.gather(1, previous.clamp(min=0)) + 1)
     first = torch.where(start, here, 0).cummax(dim=1).values
     if not bool((sees(here, first) | ~real).all()):
         return None

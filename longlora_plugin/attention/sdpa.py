@@ -3,7 +3,8 @@
 Whole rows are *folded*: the tokens between the first and the last cut are a multiple of G, so
 [B, h, n·G, D] becomes [B·n, h, G, D], a view of what attention modules produce. Packed or padded
 rows are *gathered*: segments of like length become one batch, padded at the end, which causal
-attention ignores by itself.
+attention ignores by itself. Splitting and joining by `split`, `cat` and `index_select` keeps the
+backward pass at one copy each, where slices would add up tensors of zeros.
 
 Shape suffixes: B rows, H query heads, K KV heads, N tokens, D head size, S segments, L tokens a
 segment, T real tokens of the whole batch.
@@ -123,8 +124,14 @@ def grouped_attention(
     Returns:
         [B, N, H, D], the order in which attention modules go on; padding is zero.
     """
+    q_by_run = q_BHND.split([run.query.stop - run.query.start for run in runs], dim=1)
+    if k_BKND.shape[1] == 1:
+        k_by_run, v_by_run = [k_BKND] * len(runs), [v_BKND] * len(runs)
+    else:
+        kv_heads = [run.kv.stop - run.kv.start for run in runs]
+        k_by_run, v_by_run = k_BKND.split(kv_heads, dim=1), v_BKND.split(kv_heads, dim=1)
     outputs = []
-    for run in runs:
+    for run, q_run, k_run, v_run in zip(runs, q_by_run, k_by_run, v_by_run, strict=True):
 
         def attend(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: HeadRun = run
@@ -132,15 +139,14 @@ def grouped_attention(
             sinks = None if sinks_H is None else sinks_H[run.query]
             return kernel(q, k, v, scale=scale, dropout=dropout, softcap=softcap, sinks_H=sinks)
 
-        heads = (q_BHND[:, run.query], k_BKND[:, run.kv], v_BKND[:, run.kv])
         if not documents.are_rows:
             cut = segments(documents.intervals, group_size, run.shift, full_attention_below)
-            outputs.append(_gathered(*heads, attend, cut, documents))
+            outputs.append(_gathered(q_run, k_run, v_run, attend, cut, documents))
         elif documents.length <= full_attention_below:
-            outputs.append(attend(*heads).transpose(1, 2))
+            outputs.append(attend(q_run, k_run, v_run).transpose(1, 2))
         else:
             cuts = ends(documents.length, group_size, run.shift)
-            outputs.append(_folded(*heads, attend, group_size, cuts))
+            outputs.append(_folded(q_run, k_run, v_run, attend, group_size, cuts))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
@@ -153,50 +159,60 @@ def _folded(
     cuts: tuple[int, int, int],
 ) -> torch.Tensor:
     lead, groups, tail = cuts
-    batch, length = q_BHND.shape[0], q_BHND.shape[2]
-    tensors = (q_BHND, k_BKND, v_BKND)
-    middle_end = length - tail
-
-    def tokens(first: int, last: int) -> list[torch.Tensor]:
-        return [x[:, :, first:last] for x in tensors]
+    batch = q_BHND.shape[0]
+    middle = groups * group_size
 
     def fold(x_BhnD: torch.Tensor) -> torch.Tensor:
         b, h, n, d = x_BhnD.shape
         x = x_BhnD.transpose(1, 2).reshape(b * n // group_size, group_size, h, d)
         return x.transpose(1, 2)
 
-    pieces = []
+    def whole_groups(*part: torch.Tensor) -> torch.Tensor:
+        folded = attend(*[fold(x) for x in part]).transpose(1, 2)
+        return folded.reshape(batch, middle, *folded.shape[2:])
+
+    sizes = [size for size in (lead, middle, tail) if size]
+    parts = list(zip(*(x.split(sizes, dim=2) for x in (q_BHND, k_BKND, v_BKND)), strict=True))
     if lead and lead == tail:
-        both = [
-            torch.cat(pair)
-            for pair in zip(tokens(0, lead), tokens(middle_end, length), strict=True)
-        ]
-        first, last = attend(*both).transpose(1, 2).split(batch)
-        pieces = [first, last]
+        first, *between, last = parts
+        both = attend(*[torch.cat(pair) for pair in zip(first, last, strict=True)])
+        first_out, last_out = both.transpose(1, 2).split(batch)
+        pieces = [first_out, *[whole_groups(*part) for part in between], last_out]
     else:
-        if lead:
-            pieces.append(attend(*tokens(0, lead)).transpose(1, 2))
-        if tail:
-            pieces.append(attend(*tokens(middle_end, length)).transpose(1, 2))
-    if groups:
-        folded = attend(*[fold(x) for x in tokens(lead, middle_end)]).transpose(1, 2)
-        middle = folded.reshape(batch, middle_end - lead, *folded.shape[2:])
-        pieces.insert(1 if lead else 0, middle)
+        pieces = [
+            whole_groups(*part) if part[0].shape[2] == middle else attend(*part).transpose(1, 2)
+            for part in parts
+        ]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
-@lru_cache(maxsize=16)
-def _gather_plan(cut: Segments, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Index tensors of a gather: per batch of segments [S, L] tokens, and [T] the way back.
+ALONE = 512
+"""Segments of this many tokens are worth a kernel call of their own, without padding."""
 
-    Lengths are rounded up to powers of two, so that a row of many short documents is a few
-    kernel calls. What is added repeats the segment's last token, after all that may look at it.
+
+def _rounded(length: int) -> int:
+    """Up to the next of four steps an octave, so that short segments share kernel calls."""
+    if length >= ALONE:
+        return length
+    step = max(4, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+@lru_cache(maxsize=16)
+def _gather_plan(
+    cut: Segments, device: torch.device
+) -> tuple[torch.Tensor, tuple[tuple[int, int], ...], torch.Tensor]:
+    """How to gather segments into batches of like length.
+
+    Returns:
+        [P] tokens to take; (S, L) of each batch, P = Σ S·L; [T] the way back. What is added to a
+        segment repeats its last token, after all that may look at it.
     """
     longest = max(length for _, length in cut)
     alike: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for start, length in cut:
-        alike[min(longest, 1 << (length - 1).bit_length())].append((start, length))
-    batches = []
+        alike[min(longest, _rounded(length))].append((start, length))
+    taken = []
     back = torch.empty(sum(length for _, length in cut), dtype=torch.long)
     offset = 0
     for width, members in alike.items():
@@ -207,8 +223,9 @@ def _gather_plan(cut: Segments, device: torch.device) -> tuple[list[torch.Tensor
         place_SL = offset + torch.arange(token_SL.numel()).view_as(token_SL)
         back[token_SL[real_SL]] = place_SL[real_SL]
         offset += token_SL.numel()
-        batches.append(token_SL.to(device))
-    return batches, back.to(device)
+        taken.append(token_SL.flatten())
+    shapes = tuple((len(members), width) for width, members in alike.items())
+    return torch.cat(taken).to(device), shapes, back.to(device)
 
 
 def _gathered(
@@ -219,13 +236,25 @@ def _gathered(
     cut: Segments,
     documents: Documents,
 ) -> torch.Tensor:
-    batches, back_T = _gather_plan(cut, q_BHND.device)
-    flat = [flatten(x, documents) for x in (q_BHND, k_BKND, v_BKND)]
-    outputs = []
-    for token_SL in batches:
-        q, k, v = (x_ThD[token_SL].transpose(1, 2) for x_ThD in flat)
-        outputs.append(attend(q, k, v).transpose(1, 2).flatten(0, 1))
-    return unflatten(torch.cat(outputs)[back_T], documents)
+    taken_P, shapes, back_T = _gather_plan(cut, q_BHND.device)
+    if documents.real is not None:
+        taken_P = documents.real.to(taken_P.device)[taken_P]
+    sizes = [count * length for count, length in shapes]
+    batches = zip(
+        shapes,
+        *(
+            x.transpose(1, 2).flatten(0, 1).index_select(0, taken_P).split(sizes)
+            for x in (q_BHND, k_BKND, v_BKND)
+        ),
+        strict=True,
+    )
+    outputs = [
+        attend(*[x.unflatten(0, shape).transpose(1, 2) for x in tensors])
+        .transpose(1, 2)
+        .flatten(0, 1)
+        for shape, *tensors in batches
+    ]
+    return unflatten(torch.cat(outputs).index_select(0, back_T), documents)
 
 
 def flatten(x_BhND: torch.Tensor, documents: Documents) -> torch.Tensor:

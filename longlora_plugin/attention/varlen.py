@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from torch.nn import functional
 
 from longlora_plugin.attention.documents import Documents
 from longlora_plugin.attention.layout import HeadRun, Segments, segments
@@ -50,8 +51,14 @@ def varlen_attention(
     from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
     head_dim, v_head_dim = q_BHND.shape[-1], v_BKND.shape[-1]
+    if scale is None:
+        scale = head_dim**-0.5
+    # One head size for all; zeros change neither scores nor the columns kept (MLA).
     if v_head_dim < head_dim:
-        v_BKND = torch.nn.functional.pad(v_BKND, (0, head_dim - v_head_dim))
+        v_BKND = functional.pad(v_BKND, (0, head_dim - v_head_dim))
+    elif v_head_dim > head_dim:
+        padding = (0, v_head_dim - head_dim)
+        q_BHND, k_BKND = functional.pad(q_BHND, padding), functional.pad(k_BKND, padding)
     q_THD, k_TKD, v_TKD = (flatten(x, documents) for x in (q_BHND, k_BKND, v_BKND))
     outputs = []
     for run in runs:
@@ -66,7 +73,7 @@ def varlen_attention(
             query_length=q_THD.shape[0],
             is_causal=True,
             dropout=dropout,
-            softmax_scale=head_dim**-0.5 if scale is None else scale,
+            softmax_scale=scale,
             softcap=softcap,
             cu_seq_lens_q=cu_seqlens,
             cu_seq_lens_k=cu_seqlens,
