@@ -64,8 +64,8 @@ def plot_heat_map(
     depths = list(dict.fromkeys(row["depth"] for row in rows))
     shades = [tuple(channel / 255 for channel in shade) for shade in (LIGHTEST, DARKEST)]
     colors = LinearSegmentedColormap.from_list("accuracy", shades)
-    width = min(4, len(groups))
-    height = -(-len(groups) // width)
+    width = len({label for label, _, _ in groups})
+    height = len(groups) // width
     figure, axes = pyplot.subplots(
         height,
         width,
@@ -75,7 +75,8 @@ def plot_heat_map(
         sharey=True,
     )
     image = None
-    for place, (label, needles, group) in zip(axes.flat, groups, strict=False):
+    # A column for each model, a row for each number of needles; rows come model by model.
+    for place, (label, needles, group) in zip(axes.T.flat, groups, strict=True):
         grid = [[_accuracy(group, length, depth) for length in lengths] for depth in depths]
         image = place.imshow(grid, cmap=colors, vmin=0, vmax=1, aspect="auto")
         for row, line in enumerate(grid):
@@ -105,11 +106,10 @@ def plot_heat_map(
         place.set_title(
             label + (f", {needles} needles" if needles > 1 else ""), loc="left", fontsize=10
         )
-        place.set_xlabel("tokens")
     for place in axes[:, 0]:
         place.set_ylabel("depth")
-    for place in axes.flat[len(groups) :]:
-        place.set_visible(False)
+    for place in axes[-1]:
+        place.set_xlabel("tokens")
     figure.colorbar(image, ax=axes, shrink=0.8, label="accuracy", format=lambda v, _: f"{v:.0%}")
     marks = []
     if original_context and lengths[-1] > original_context > lengths[0] - 1:

@@ -1,0 +1,320 @@
+"""Passkey retrieval: trials that fit any tokenizer, and models whose score is known."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from evaluation_models import ORIGINAL, write_adapter, write_recipe, write_tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoTokenizer,
+    GenerationMixin,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from longlora_plugin.cli import longlora
+from longlora_plugin.evaluation import passkey
+from longlora_plugin.evaluation.needle_grid import wilson
+from longlora_plugin.evaluation.passkey import (
+    answer_trials,
+    answers_by_generating,
+    answers_by_likelihood,
+    build_trial,
+    is_exactly,
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("passkey")
+    base = write_tiny_llama(folder / "base")
+    write_adapter(base, folder / "out")
+    write_recipe(folder / "recipe.yml", base, folder / "out")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(work):
+    return AutoTokenizer.from_pretrained(work / "base")
+
+
+class CopyConfig(PreTrainedConfig):
+    model_type = "copy-model"
+    num_hidden_layers = 0
+
+
+class CopyModel(PreTrainedModel, GenerationMixin):
+    """Predicts what followed the longest earlier match of its last tokens: it can only copy.
+
+    `reach` limits how many tokens back it looks, as a model of a short context would.
+    """
+
+    config_class = CopyConfig
+
+    def __init__(self, vocab_size, reach=None):
+        super().__init__(CopyConfig(vocab_size=vocab_size))
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.reach = reach
+        self.read = None
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        return {"input_ids": input_ids, "use_cache": False}
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, **kwargs):
+        # By likelihood the prompt comes first and the candidates with its cache.
+        if past_key_values is not None:
+            prompt, input_ids = self.read, torch.cat([self.read, input_ids], 1)
+            places = range(prompt.shape[1], input_ids.shape[1])
+        else:
+            self.read, places = input_ids, [input_ids.shape[1] - 1]
+        logits = torch.zeros(len(input_ids), len(places), self.config.vocab_size)
+        for row, ids in enumerate(input_ids.tolist()):
+            for column, last in enumerate(places):
+                logits[row, column, self.follower(ids[: last + 1])] = 50.0
+        return CausalLMOutputWithPast(logits=logits, past_key_values=[self.read])
+
+    def follower(self, ids):
+        first = 0 if self.reach is None else max(0, len(ids) - self.reach)
+        best, follower = 0, ids[-1]
+        for place in range(first + 1, len(ids)):
+            match = 0
+            while match < place - first and ids[place - 1 - match] == ids[-1 - match]:
+                match += 1
+            if match > best:
+                best, follower = match, ids[place]
+        return follower
+
+
+@pytest.mark.parametrize("by", ["generate", "likelihood"])
+@pytest.mark.parametrize("needles", [1, 3])
+def test_model_that_copies_answers_every_trial(tokenizer, by, needles):
+    model = CopyModel(len(tokenizer))
+    trials = [
+        build_trial(tokenizer, 700, depth, number, needles=needles)
+        for number, depth in enumerate([0, 0.5, 1])
+    ]
+    answers = list(answer_trials(model, tokenizer, trials, by=by, batch_size=2))
+    assert answers == [[True, True], [True]]
+
+
+@pytest.mark.parametrize("by", ["generate", "likelihood"])
+def test_model_that_sees_only_the_end_answers_only_deep_needles(tokenizer, by):
+    model = CopyModel(len(tokenizer), reach=250)
+    early = [build_trial(tokenizer, 900, 0.0, number) for number in range(3)]
+    late = [build_trial(tokenizer, 900, 1.0, number) for number in range(3)]
+    (answers,) = answer_trials(model, tokenizer, early + late, by=by, batch_size=6)
+    assert sum(answers[:3]) == 0
+    assert answers[3:] == [True] * 3
+
+
+def test_random_model_answers_next_to_nothing(work, tokenizer):
+    model = LlamaForCausalLM.from_pretrained(work / "base").eval()
+    trials = [build_trial(tokenizer, 300, 0.5, number) for number in range(40)]
+    assert sum(answers_by_generating(model, tokenizer, trials)) == 0
+    assert sum(answers_by_likelihood(model, tokenizer, trials)) <= 12  # 1 in 10 by chance
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral, sliding window"])
+def cached_model(request, work, tokenizer):
+    if request.param == "llama":
+        return LlamaForCausalLM.from_pretrained(work / "base").eval()
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=32,
+        initializer_range=0.3,
+    )
+    return MistralForCausalLM(config).eval()
+
+
+def test_likelihoods_equal_whole_passes_without_cache_or_padding(cached_model, tokenizer):
+    trials = [build_trial(tokenizer, length, 0.3, 1) for length in (300, 260, 333)]
+    trials += [build_trial(tokenizer, 300, 0.3, number) for number in range(2, 12)]
+    expected = []
+    for trial in trials:
+        scores = []
+        for answer in trial.candidates:
+            ids = torch.tensor([trial.prompt + answer])
+            with torch.no_grad():
+                logs = cached_model(ids).logits.log_softmax(-1)[0, :-1]
+            picked = logs.gather(1, ids[0, 1:, None])[-len(answer) :]
+            scores.append(picked.sum().item())
+        expected.append(max(scores) == scores[0])
+    assert answers_by_likelihood(cached_model, tokenizer, trials) == expected
+    assert any(expected)
+    assert not all(expected)
+
+
+def test_generated_answers_equal_greedy_decoding_without_cache(cached_model, tokenizer):
+    trials = [build_trial(tokenizer, length, 0.3, 1) for length in (300, 260)]
+    heard = []
+    decode = tokenizer.batch_decode
+    tokenizer.batch_decode = lambda ids, **options: (
+        heard.extend(ids.tolist()) or decode(ids, **options)
+    )
+    try:
+        answers_by_generating(cached_model, tokenizer, trials)
+    finally:
+        del tokenizer.batch_decode
+    for trial, answer in zip(trials, heard, strict=True):
+        ids = list(trial.prompt)
+        for token in answer:
+            with torch.no_grad():
+                assert cached_model(torch.tensor([ids])).logits[0, -1].argmax().item() == token
+            ids.append(token)
+            if token == tokenizer.eos_token_id:
+                break
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    length=st.integers(600, 1500),
+    depth=st.one_of(st.just("random"), st.floats(0, 1)),
+    needles=st.integers(1, 4),
+    number=st.integers(0, 10**6),
+)
+def test_prompt_fits_the_length_to_within_one_sentence(tokenizer, length, depth, needles, number):
+    trial = build_trial(tokenizer, length, depth, number, needles=needles)
+    sentence = max(len(tokenizer(" " + text)["input_ids"]) for text in passkey.FILLER)
+    assert length - sentence <= trial.tokens <= length
+    text = tokenizer.decode(trial.prompt)
+    assert trial.number in text
+    assert tokenizer.decode(trial.candidates[0]).strip() == trial.number
+    for candidate in trial.candidates[1 + max(0, needles - 1) :]:
+        assert tokenizer.decode(candidate).strip() not in text
+
+
+def test_depth_places_the_needle(tokenizer):
+    for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
+        trial = build_trial(tokenizer, 1200, depth, 3)
+        text = tokenizer.decode(trial.prompt)
+        body = text[text.index("\n") : text.rindex("\n")]
+        before = body.index(passkey.NEEDLE[:20]) / (len(body) - len(passkey.NEEDLE))
+        assert before == pytest.approx(depth, abs=0.05)
+
+
+def test_same_seed_is_the_same_trial_and_another_seed_another(tokenizer):
+    trial = build_trial(tokenizer, 400, "random", 5, seed=7)
+    assert build_trial(tokenizer, 400, "random", 5, seed=7) == trial
+    assert build_trial(tokenizer, 400, "random", 5, seed=8).number != trial.number
+    assert build_trial(tokenizer, 400, "random", 6, seed=7).number != trial.number
+    alone = build_trial(tokenizer, 400, "random", 5, seed=7, answer_only=True)
+    assert (alone.prompt, alone.candidates) == (trial.prompt, trial.candidates[:1])
+
+
+def test_asked_box_has_the_answer_and_the_others_are_distractors(tokenizer):
+    trial = build_trial(tokenizer, 900, 0.5, 0, needles=3)
+    text = tokenizer.decode(trial.prompt)
+    box = text.rsplit("secret number of the ", 1)[1].split()[0]
+    assert f"The secret number of the {box} box is {trial.number}." in text
+    hidden = [tokenizer.decode(ids).strip() for ids in trial.candidates[:3]]
+    assert all(f"box is {number}." in text for number in hidden)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        (" 48213", True),
+        ("48213.", True),
+        ("\n48213 is it", True),
+        (" 482134", False),
+        (" 4821", False),
+        (" the 48213", False),
+        ("", False),
+    ],
+)
+def test_exact_match_takes_the_number_and_nothing_else(answer, right):
+    assert is_exactly(answer, "48213") is right
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 20}, r"Write a length of at least \d+"),
+        ({"depth": 50.0}, "write 0.5 for 50 %"),
+        ({"needles": 17}, "write 1 to 16"),
+        ({"digits": 1}, "do not make 10 different numbers"),
+        ({"distractors": 0}, "at least 1"),
+    ],
+)
+def test_senseless_grid_is_refused(tokenizer, options, message):
+    arguments = {"length": 400, "depth": 0.5, "number": 0} | options
+    with pytest.raises(ValueError, match=message):
+        build_trial(tokenizer, **arguments)
+
+
+def test_wilson_interval_equals_published_values():
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+
+def run(*arguments):
+    return CliRunner().invoke(longlora, ["passkey", *map(str, arguments)])
+
+
+def test_command_writes_a_row_for_each_model_length_and_depth(work):
+    out, plot = work / "rows.json", work / "plot.png"
+    result = run(work / "recipe.yml", "--lengths", f"{4 * ORIGINAL},320", "--depths", "0,1",
+                 "--trials", 3, "--json", out, "--plot", plot)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())
+    assert [(row["model"], row["length"], row["depth"]) for row in rows] == [
+        (model, length, depth)
+        for model in ("base", "base+rope", "adapter")
+        for length in (256, 320)
+        for depth in (0, 1)
+    ]
+    for row in rows:
+        assert row["accuracy"] == row["correct"] / 3 == sum(a["right"] for a in row["answers"]) / 3
+        assert row["length"] - 40 < row["tokens_least"] <= row["tokens_most"] <= row["length"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "greedy decoding" in result.output
+
+
+def test_command_keeps_finished_rows_and_tells_likelihood_from_decoding(work):
+    out = work / "resume.json"
+    arguments = [work / "recipe.yml", "--lengths", 300, "--trials", 2, "--model", "base",
+                 "--json", out]  # fmt: skip
+    assert run(*arguments, "--depths", "0,random").exit_code == 0
+    first = json.loads(out.read_text())
+    result = run(*arguments, "--depths", "0,random,1")
+    assert "2 of 3 rows were already" in result.output
+    rows = json.loads(out.read_text())
+    assert rows[:2] == first
+    assert [row["depth"] for row in rows] == [0, "random", 1]
+    result = run(*arguments, "--depths", "0,random,1", "--by", "likelihood", "--needles", "1,2")
+    assert result.exit_code == 0, result.output
+    assert "already" not in result.output
+    rows = json.loads(out.read_text())
+    assert [row["needles"] for row in rows] == [1, 1, 1, 2, 2, 2]
+    assert {row["by"] for row in rows} == {"likelihood"}
+    assert {row["chance"] for row in rows} == {0.1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--depths", "50"], "write 0.5 for 50 %"),
+        (["--depths", "deep"], "write shares with commas"),
+        (["--lengths", "10"], "Write a length of at least"),
+        (["--model", "trained"], "no model 'trained' to evaluate"),
+    ],
+)
+def test_command_refuses_with_one_clear_error(work, options, message):
+    result = run(work / "recipe.yml", *options)
+    assert result.exit_code != 0
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
