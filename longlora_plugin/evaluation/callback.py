@@ -1,0 +1,223 @@
+"""Full-attention perplexity by position, measured while a model trains.
+
+S²-Attn is on while training, so that the training loss does not say how the model does with the
+full attention it will be used with (LongLoRA, arXiv 2309.12307, Table 6). Every N steps this
+callback puts the model into evaluation mode, where S² is off, and scores held-out windows.
+
+It also measures the base model before the first step, with the base model's own RoPE, and warns
+when what is trained falls behind it at the base model's own context: an extension that forgets.
+
+Shapes: W windows, L tokens each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from longlora_plugin.evaluation.perplexity import BATCH_TOKENS, token_losses
+from longlora_plugin.evaluation.windows import bucket_edges_for
+
+LOG = logging.getLogger(__name__)
+PREFIX = "long_context/perplexity"
+TOLERANCE = 0.1
+"""How far above the base model's perplexity at its own context is too far: a share of it."""
+
+
+def held_out_windows(documents: Sequence[Any], length: int, count: int, *, seed: int = 0) -> Tensor:
+    """Windows spread over documents: int64 [at most count, length], never across two documents.
+
+    Args:
+        documents: token ids, one sequence a document.
+
+    Raises:
+        ValueError: no document is long enough.
+    """
+    starts = [
+        (index, start)
+        for index, document in enumerate(documents)
+        for start in range(0, len(document) - length + 1, length)
+    ]
+    if not starts:
+        longest = max(map(len, documents), default=0)
+        raise ValueError(
+            f"no held-out document has {length} tokens, the longest has {longest}; measure "
+            "shorter windows, or give longer documents"
+        )
+    picked = np.random.default_rng(seed).permutation(len(starts))[:count]
+    rows = [documents[starts[i][0]][starts[i][1] : starts[i][1] + length] for i in sorted(picked)]
+    return torch.from_numpy(np.stack([np.asarray(row, dtype=np.int64) for row in rows]))
+
+
+class LongContextCallback(TrainerCallback):
+    """Logs perplexity by position every `every_steps` steps, and at the end.
+
+    Logged names are `long_context/perplexity_<from>-<to>` (tokens seen), and
+    `long_context/perplexity` for all positions.
+
+    Args:
+        windows: held-out token ids [W, L]; every process scores all of them.
+        every_steps: optimizer steps between two measurements.
+        log: receives a dict of figures, on every process: `trainer.log`.
+        original_context: tokens of the base model's own context.
+        base_config: transformers config of the base model, before RoPE was scaled; with it the
+            base model is measured, without it the model as training starts.
+        buckets: see `windows.bucket_edges_for`.
+        tolerance: share above the base model's perplexity at its own context that is warned of.
+        warn: receives the warning.
+    """
+
+    def __init__(
+        self,
+        windows: Tensor,
+        *,
+        every_steps: int,
+        log: Callable[[dict[str, float]], None],
+        original_context: int,
+        base_config: Any = None,
+        buckets: int | Sequence[int] | None = None,
+        tolerance: float = TOLERANCE,
+        warn: Callable[[str], None] = LOG.warning,
+    ) -> None:
+        if every_steps < 1:
+            raise ValueError(f"every_steps {every_steps}: write 1 or more")
+        self.windows = windows
+        self.every_steps = every_steps
+        self.log = log
+        self.base_config = base_config
+        self.edges = bucket_edges_for(windows.shape[1], buckets, original_context)
+        self.original_context = min(original_context, windows.shape[1])
+        self.tolerance = tolerance
+        self.warn = warn
+        self.base_perplexity: float | None = None
+        self._warned = False
+        self._measured_at = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        disabled = getattr(model, "disable_adapter", None)
+        if state.global_step and disabled is None:
+            # The weights are no longer the base model's, and there is no way back to them.
+            LOG.info("longlora: resumed full fine-tune, no comparison with the base model")
+            return
+        with contextlib.ExitStack() as stack:
+            if disabled is not None:
+                stack.enter_context(_same_trainable_parameters(model))
+                stack.enter_context(disabled())
+            if self.base_config is not None:
+                stack.enter_context(own_rope(model, self.base_config))
+            losses = self._position_losses(model, args)
+        self.base_perplexity = self._near_original(losses)
+        self.log({"long_context/base_perplexity_at_original": self.base_perplexity})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every_steps == 0:
+            self._measure(kwargs["model"], args, state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._measured_at != state.global_step:
+            self._measure(kwargs["model"], args, state)
+
+    def _measure(self, model: Any, args: Any, state: Any) -> None:
+        self._measured_at = state.global_step
+        losses = self._position_losses(model, args)
+        figures = {PREFIX: math.exp(float(losses.mean()))}
+        for low, high in zip(self.edges, self.edges[1:], strict=False):
+            if len(part := losses[low:high]):
+                figures[f"{PREFIX}_{low}-{high}"] = math.exp(float(part.mean()))
+        self.log(figures)
+        now = self._near_original(losses)
+        base = self.base_perplexity
+        if base is not None and now > base * (1 + self.tolerance) and not self._warned:
+            self._warned = True
+            self.warn(
+                f"longlora: step {state.global_step}: perplexity at {self.original_context} "
+                f"tokens is {now:.2f}, {now / base - 1:.0%} above the base model's {base:.2f} "
+                f"(more than {self.tolerance:.0%}): the model is losing what it could do at its "
+                "own context. Train longer, lower the learning rate, or try rope: yarn"
+            )
+
+    def _near_original(self, losses: np.ndarray) -> float:
+        """Perplexity of the second half of the base model's context."""
+        return math.exp(float(losses[self.original_context // 2 : self.original_context].mean()))
+
+    def _position_losses(self, model: nn.Module, args: Any) -> np.ndarray:
+        """Mean loss after 1 … L − 1 tokens, in nats, [L − 1]."""
+        device = next(model.parameters()).device
+        # Parameters that are spread over processes are only gathered by the model's own forward.
+        whole_logits = True if _is_sharded(model) else None
+        batch = max(1, BATCH_TOKENS // self.windows.shape[1])
+        total = np.zeros(self.windows.shape[1] - 1)
+        with evaluation_mode(model), torch.no_grad(), _autocast(args, device):
+            for ids in self.windows.split(batch):
+                losses = token_losses(model, ids.to(device), whole_logits=whole_logits)
+                total += losses.double().sum(0).cpu().numpy()
+        return total / len(self.windows)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def own_rope(model: nn.Module, base_config: Any) -> Iterator[None]:
+    """Rotary embeddings of `base_config` for a while, in place of the model's scaled ones."""
+    text = base_config.get_text_config()
+    replaced = []
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if type(child).__name__.endswith("RotaryEmbedding") and hasattr(child, "config"):
+                replaced.append((parent, name, child))
+    for parent, name, child in replaced:
+        buffer = next(child.buffers(), None)
+        device = None if buffer is None else buffer.device
+        setattr(parent, name, type(child)(config=text).to(device))
+    try:
+        yield
+    finally:
+        for parent, name, child in replaced:
+            setattr(parent, name, child)
+
+
+@contextlib.contextmanager
+def _same_trainable_parameters(model: nn.Module) -> Iterator[None]:
+    """PEFT changes what is trainable when it switches adapters off and on; undo that."""
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, was in trainable:
+            parameter.requires_grad_(was)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether ZeRO-3 or FSDP holds only a part of some parameter here."""
+    return any(
+        hasattr(parameter, "ds_id") or type(parameter.data).__name__ == "DTensor"
+        for parameter in model.parameters()
+    )
+
+
+def _autocast(args: Any, device: torch.device) -> Any:
+    """The precision that training computes in."""
+    if getattr(args, "bf16", False):
+        return torch.autocast(device.type, torch.bfloat16)
+    if getattr(args, "fp16", False) and device.type != "cpu":
+        return torch.autocast(device.type, torch.float16)
+    return contextlib.nullcontext()
