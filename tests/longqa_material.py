@@ -256,3 +256,32 @@ class Stub:
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """A byte-level BPE tokenizer of 600 entries that knows the stories' words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([story(seed) for seed in range(3)], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_stories(folder: Path, count: int = 3) -> Path:
+    """A folder of stories as text files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(count):
+        (folder / f"story{seed}.txt").write_text(story(seed), encoding="utf-8")
+    return folder

@@ -272,7 +272,7 @@ class Builder:
             report.exit_code = EXIT_DISK
             return report
         try:
-            with Journal(self.out) as journal:
+            with Journal(self.out, repair=True) as journal:
                 self._check_settings(journal)
                 self._run(journal)
         except CannotWrite as error:

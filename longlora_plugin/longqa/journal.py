@@ -110,6 +110,9 @@ class Growing:
 class Journal:
     """The record of one data file.
 
+    Args:
+        repair: cut off a half-written last line at once.
+
     Attributes:
         settings: of the build that began it; None where there is no record yet.
         units: unit name → its line.
@@ -118,7 +121,7 @@ class Journal:
         spent: (prompt, completion) tokens of all runs.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, *, repair: bool = False) -> None:
         self.path = provenance_path(out)
         self.settings: dict[str, Any] | None = None
         self.units: dict[str, dict[str, Any]] = {}
@@ -126,7 +129,7 @@ class Journal:
         self.splits: dict[str, str] = {}
         self.short_tokens: dict[str, int] = {}
         self.spent = (0, 0)
-        self._file: Growing | None = None
+        self._file = Growing(self.path) if repair and self.path.exists() else None
         for number, line in enumerate(lines(self.path), 1):
             try:
                 self._take(json.loads(line))

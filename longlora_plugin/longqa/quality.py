@@ -45,10 +45,16 @@ def _stands(quote: str, text: str, edits: int) -> bool:
     except ImportError:
         raise ValueError(f"--evidence-edits needs rapidfuzz; {INSTALL}") from None
     place = partial_ratio_alignment(quote, text)
-    if place is None or len(quote) > len(text):
+    if place is None or len(quote) > len(text) + edits:
         return False
-    near = text[place.dest_start : place.dest_end]
-    return Levenshtein.distance(quote, near, score_cutoff=edits) <= edits
+    # The alignment finds the place by another measure, so its ends may be off by a few characters.
+    starts = range(max(0, place.dest_start - edits), place.dest_start + edits + 1)
+    lengths = range(max(1, len(quote) - edits), len(quote) + edits + 1)
+    return any(
+        Levenshtein.distance(quote, text[start : start + length], score_cutoff=edits) <= edits
+        for start in starts
+        for length in lengths
+    )
 
 
 class NearDuplicates:

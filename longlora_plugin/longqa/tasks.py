@@ -173,8 +173,11 @@ def who_said(material: Material, rng: random.Random) -> Pair | None:
     matches += [match for pattern in _SPEECH for match in pattern.finditer(text)]
     speeches: dict[str, tuple[str, str]] = {}
     for match in matches:
-        who, words = match["who"].strip(), match["words"].strip()
-        if who.split()[0] not in _NO_NAMES and text.count(words) == 1 and "\n\n" not in words:
+        said_by, words = match["who"].split(), match["words"].strip()
+        while said_by and said_by[0] in _NO_NAMES:
+            said_by = said_by[1:]
+        who = " ".join(said_by)
+        if who and text.count(words) == 1 and "\n\n" not in words:
             speeches.setdefault(words, (who, match.group(0)))
     if not speeches:
         return None
