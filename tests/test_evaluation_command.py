@@ -203,6 +203,18 @@ def test_adapter_with_added_tokens_loads(work, tmp_path):
     assert model.get_input_embeddings().weight.shape[0] == base.config.vocab_size
 
 
+def test_adapter_trained_with_another_rope_is_noted(work, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(work / "out", output)
+    arguments = ["--data", work / "data.txt", "--lengths", 64, "--model", "adapter"]
+    recipe = write_recipe(tmp_path / "r.yml", work / "base", output)
+    (output / "config.json").write_text(json.dumps({"rope_parameters": YARN}))
+    assert "was trained with" not in run(recipe, *arguments).output
+    other = {**YARN, "rope_type": "linear"}
+    (output / "config.json").write_text(json.dumps({"rope_parameters": other}))
+    assert "adapter was trained with" in run(recipe, *arguments).output
+
+
 def test_second_run_keeps_rows_of_the_same_settings(work, monkeypatch):
     out = work / "resume.json"
     arguments = [work / "recipe.yml", "--data", work / "data.txt", "--json", out]

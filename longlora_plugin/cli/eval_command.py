@@ -122,6 +122,7 @@ def command(
         load_tokenizer,
         model_sources,
         original_context,
+        rope_notes,
     )
     from longlora_plugin.evaluation.processes import Processes
     from longlora_plugin.evaluation.windows import default_lengths
@@ -168,6 +169,8 @@ def command(
     )
     logging.disable_progress_bar()
     console = Console(stderr=True, quiet=not processes.main)
+    for note in rope_notes(sources):
+        console.print(f"note: {note}", highlight=False)
     with progress_bar(console) as on_progress:
         rows = evaluate(
             sources,

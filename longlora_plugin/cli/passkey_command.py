@@ -105,6 +105,7 @@ def command(
         load_tokenizer,
         model_sources,
         original_context,
+        rope_notes,
     )
     from longlora_plugin.evaluation.needle_grid import Grid, ask
     from longlora_plugin.evaluation.needle_report import depth_tables, plot_heat_map
@@ -129,6 +130,8 @@ def command(
     )
     logging.disable_progress_bar()
     console = Console(stderr=True, quiet=not processes.main)
+    for note in rope_notes(sources):
+        console.print(f"note: {note}", highlight=False)
     with progress_bar(console) as on_progress:
         rows = ask(
             sources,

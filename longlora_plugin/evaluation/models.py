@@ -130,6 +130,23 @@ def model_sources(
     return sources
 
 
+def rope_notes(sources: Sequence[ModelSource]) -> list[str]:
+    """What to tell of adapters whose run wrote another RoPE into its config than they get here."""
+    notes = []
+    for source in sources:
+        written = source.adapter and source.adapter / "config.json"
+        if not written or not written.is_file():
+            continue
+        trained = json.loads(written.read_text(encoding="utf-8")).get("rope_parameters")
+        if trained is not None and trained != source.rope:
+            notes.append(
+                f"{source.label} was trained with rope_parameters {trained} ({written}), but the "
+                f"recipe now gives {source.rope}, and that is what is measured: set the recipe's "
+                "rope back, or train again"
+            )
+    return notes
+
+
 def extended_config(recipe: Recipe, base_config: Any) -> Any:
     """The base model's config with the RoPE that the recipe trains with."""
     config = copy.deepcopy(base_config)
