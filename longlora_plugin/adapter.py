@@ -78,6 +78,16 @@ def attention_projections(model: torch.nn.Module) -> list[str]:
     )
 
 
+def untrained_modules(model: Any, names: Iterable[str]) -> list[str]:
+    """Those of the base model's modules `names` that its PEFT model does not train in full."""
+    trained = {
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    return sorted(set(names) - trained)
+
+
 @dataclass(frozen=True)
 class TrainedModules:
     """What is trained beside LoRA.
@@ -120,7 +130,8 @@ def keep_fp32_masters(model: torch.nn.Module) -> TrainedModules:
     some = next(iter(copies), None)
     return TrainedModules(
         modules=len(copies),
-        parameters=sum(p.numel() for p in parameters.values()),
+        # ZeRO-3 leaves a process a part of each parameter; its `ds_numel` is the whole.
+        parameters=sum(getattr(p, "ds_numel", p.numel()) for p in parameters.values()),
         dtype=None if some is None else next(copies[some].parameters()).dtype,
         compute_dtype=None if some is None else compute[some],
     )

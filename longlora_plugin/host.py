@@ -6,6 +6,7 @@ Axolotl 0.19 to 0.21.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ import click
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.logging import get_logger
 
-__all__ = ["BasePlugin", "RecipeError", "after_merge", "base_config", "log"]
+__all__ = [
+    "BasePlugin",
+    "RecipeError",
+    "after_merge",
+    "base_config",
+    "log",
+    "save_fsdp2_adapters_with",
+    "uses_deepspeed",
+    "uses_fsdp",
+]
 
 # Axolotl shows INFO for loggers of its own name only.
 log = get_logger("axolotl.longlora_plugin")
@@ -69,3 +79,41 @@ def after_merge(finish: Callable[[Any, Path, Path], None]) -> None:
 
     do_merge_lora._longlora_stock = stock  # type: ignore[attr-defined]
     merge_lora.do_merge_lora = do_merge_lora
+
+
+def uses_deepspeed(cfg: Mapping[str, Any]) -> bool:
+    """Whether the run trains under DeepSpeed, by its recipe or by how it was launched."""
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return bool(cfg.get("deepspeed")) or launched
+
+
+def uses_fsdp(cfg: Mapping[str, Any]) -> bool:
+    """Whether the run trains under FSDP, by its recipe or by how it was launched."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return bool(cfg.get("fsdp_config") or cfg.get("fsdp")) or launched
+
+
+def save_fsdp2_adapters_with(write: Callable[[Any, Path], None]) -> Callable[[], None]:
+    """Have `write(model, folder)` save the adapter at the end of an FSDP2 run.
+
+    Axolotl's own function knows LoRA tensors only, and raises
+    KeyError 'modules_to_save.default.weight' where anything else is trained.
+
+    Returns:
+        Function that puts Axolotl's own back.
+    """
+    from axolotl.integrations.expert_parallel import shard
+
+    stock = shard.save_fsdp2_lora_adapter
+
+    @functools.wraps(stock)
+    def save_fsdp2_lora_adapter(model: Any, output_dir: str) -> bool:
+        write(model, Path(output_dir))
+        return True
+
+    shard.save_fsdp2_lora_adapter = save_fsdp2_lora_adapter
+
+    def restore() -> None:
+        shard.save_fsdp2_lora_adapter = stock
+
+    return restore

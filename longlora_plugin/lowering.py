@@ -11,13 +11,16 @@ Everything that can be wrong is found here, before anything is loaded or written
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from longlora_plugin.args import LongLoRAConfig, Resolved, parse_block
 from longlora_plugin.hooks import find
 from longlora_plugin.recipe import AXOLOTL_SEQUENCE_LEN
+from longlora_plugin.resume import choose_checkpoint
 from longlora_plugin.rope import RopeSettings, resolve_rope, rope_parameters_of
 
 LORA_DEFAULTS = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
@@ -85,14 +88,60 @@ def lower(recipe: Mapping[str, Any], base_config: Any) -> tuple[dict[str, Any], 
         rope_after=settings.rope_parameters,
         config_fields=settings.config_fields if settings.extended else {},
     )
+    resumed, skipped = choose_checkpoint(recipe)
+    warnings += skipped
     updates: dict[str, Any] = {
-        "longlora": {**block.model_dump(exclude_none=True), "resolved": resolved.model_dump()}
+        **resumed,
+        "longlora": {**block.model_dump(exclude_none=True), "resolved": resolved.model_dump()},
     }
     if resolved.config_fields:
         updates.update(_model_config(recipe, base_config, settings))
     if adapter == "longlora":
         updates.update(_adapter(recipe))
+        _check_zero3(recipe)
+    if adapter:
+        sharded = _sharded_fsdp_checkpoints(recipe)
+        if sharded:
+            updates.update(sharded)
+            warnings.append(
+                "FSDP checkpoints are written with state_dict_type: SHARDED_STATE_DICT: those of "
+                "FULL_STATE_DICT keep only the first process's part of an adapter, so no run can "
+                "go on from them. The saved adapter is whole either way"
+            )
     return updates, warnings
+
+
+def _check_zero3(recipe: Mapping[str, Any]) -> None:
+    path = recipe.get("deepspeed")
+    if not path or not Path(str(path)).is_file():
+        return  # given in another way, or Axolotl's to report
+    try:
+        settings = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"deepspeed: {path} is not valid JSON: {error}") from None
+    if (settings.get("zero_optimization") or {}).get("stage") != 3:
+        return
+    if recipe.get("load_in_8bit") or recipe.get("load_in_4bit"):
+        bits = "load_in_4bit" if recipe.get("load_in_4bit") else "load_in_8bit"
+        raise ValueError(
+            f"{bits}: true does not work with ZeRO-3 ({path}); use ZeRO-2 "
+            "(examples/configs/deepspeed/zero2.json), FSDP2 for 4-bit, or a 16-bit base"
+        )
+    if (settings.get("bf16") or {}).get("enabled") == "auto" and recipe.get("bf16"):
+        raise ValueError(
+            f'deepspeed: {path} has "bf16": {{"enabled": "auto"}}; under ZeRO-3 Axolotl loads the '
+            "model before DeepSpeed learns what auto means, and gets it in fp32. Write "
+            '"enabled": true, as in examples/configs/deepspeed/zero3.json'
+        )
+
+
+def _sharded_fsdp_checkpoints(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    section = recipe.get("fsdp_config") or {}
+    version = section.get("fsdp_version") or section.get("version") or recipe.get("fsdp_version")
+    kind = section.get("state_dict_type")
+    if not section or str(version) != "2" or kind == "SHARDED_STATE_DICT":
+        return {}
+    return {"fsdp_config": {**section, "state_dict_type": "SHARDED_STATE_DICT"}}
 
 
 def _adapter(recipe: Mapping[str, Any]) -> dict[str, Any]:

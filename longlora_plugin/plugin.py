@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from longlora_plugin.args import LongLoRAConfig
-from longlora_plugin.host import BasePlugin, RecipeError, after_merge, base_config, log
+from longlora_plugin.host import (
+    BasePlugin,
+    RecipeError,
+    after_merge,
+    base_config,
+    log,
+    save_fsdp2_adapters_with,
+    uses_deepspeed,
+    uses_fsdp,
+)
 from longlora_plugin.lowering import asks_for_longlora, lower
 
 
@@ -19,6 +29,9 @@ class LongLoRAPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self._handle: Any = None
+        self._wanted: list[str] = []
+        self._whole_adapters: Any = None
+        self._undo: list[Callable[[], None]] = []
 
     def get_input_args(self) -> str:
         return "longlora_plugin.args.LongLoRAArgs"
@@ -57,10 +70,15 @@ class LongLoRAPlugin(BasePlugin):
         block = _block(cfg)
         if not _trains_longlora(block):
             return
+        if cfg.seed is not None:
+            from transformers import set_seed
+
+            # Axolotl 0.19 draws LoRA's first values unseeded: two runs of one recipe would differ.
+            set_seed(cfg.seed)
         from longlora_plugin import adapter
         from longlora_plugin.hooks import find
 
-        names = [
+        self._wanted = names = [
             name
             for kind in block.trainable
             for name in find("longlora_trainable_modules", kind, what="kind of trainable modules")(
@@ -81,9 +99,7 @@ class LongLoRAPlugin(BasePlugin):
         if block is None or block.resolved is None or cfg.merge_lora or cfg.inference:
             return
         if _trains_longlora(block):
-            from longlora_plugin.adapter import keep_fp32_masters
-
-            trained = keep_fp32_masters(model)
+            trained = self._prepare_adapter(cfg, model)
             log.info(
                 "LongLoRA trains %d modules beside LoRA (%s): %s parameters, kept in %s, "
                 "computing in %s",
@@ -122,24 +138,64 @@ class LongLoRAPlugin(BasePlugin):
                 f"; full attention in {skipped}" if skipped else "",
             )
 
+    def _prepare_adapter(self, cfg: Any, model: Any) -> Any:
+        from longlora_plugin import adapter, masters, zero3
+
+        untrained = adapter.untrained_modules(model, self._wanted)
+        if untrained:
+            reason = (
+                f"lora_model_dir: {cfg.lora_model_dir} was made without them"
+                if cfg.lora_model_dir
+                else f"rl: {cfg.rl} attaches the adapter later, without them"
+            )
+            raise RecipeError(
+                f"longlora: {{trainable: …}} asks for {len(untrained)} modules that would not "
+                f"train ({', '.join(untrained[:3])}, …): {reason}. Write "
+                "longlora: {trainable: []}, or start without it"
+            )
+        trained = adapter.keep_fp32_masters(model)
+        if uses_deepspeed(cfg):
+            self._undo.append(zero3.OwnMarks().install().remove)
+        elif cfg.lora_model_dir:
+            # PEFT loaded them into copies in the base's dtype, which rounds them.
+            try:
+                masters.put(model, masters.read(cfg.lora_model_dir))
+            except ValueError as error:
+                raise RecipeError(f"lora_model_dir: {cfg.lora_model_dir}: {error}") from error
+        if uses_fsdp(cfg):
+            self._undo.append(save_fsdp2_adapters_with(masters.write_gathered))
+        return trained
+
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         block = _block(cfg)
-        if block is None or self._handle is None:
-            return []
-        from longlora_plugin.attention.schedule import AttentionSchedule
+        callbacks: list[Any] = []
+        if block is not None and self._handle is not None:
+            from longlora_plugin.attention.schedule import AttentionSchedule
 
-        return [
-            AttentionSchedule(
-                self._handle,
-                block.full_attention_steps_of,
-                lambda line: log.info("LongLoRA: %s", line),
+            callbacks.append(
+                AttentionSchedule(
+                    self._handle,
+                    block.full_attention_steps_of,
+                    lambda line: log.info("LongLoRA: %s", line),
+                )
             )
-        ]
+        if _trains_longlora(block) and (uses_deepspeed(cfg) or uses_fsdp(cfg)):
+            from longlora_plugin.masters import WholeAdapters
+
+            start = cfg.lora_model_dir if uses_deepspeed(cfg) else None
+            self._whole_adapters = WholeAdapters(trainer.model, start_from=start)
+            callbacks.append(self._whole_adapters)
+        return callbacks
 
     def post_train_unload(self, cfg: Any) -> None:
+        if self._whole_adapters is not None:
+            self._whole_adapters.finish(Path(cfg.output_dir))
+            self._whole_adapters = None
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+        while self._undo:
+            self._undo.pop()()
 
     def post_lora_merge(self, cfg: Any, adapter_path: str, output_path: str) -> None:
         _finish_merge(cfg, Path(adapter_path), Path(output_path))
