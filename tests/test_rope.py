@@ -562,6 +562,13 @@ def test_options_without_a_factor_keep_the_factor_of_a_base_that_supports_the_ta
     }
 
 
+def test_a_llama3_base_keeps_its_own_low_and_high():
+    scaling = {**LLAMA31["rope_scaling"], "low_freq_factor": 2.0, "high_freq_factor": 8.0}
+    parameters = resolve_rope("llama3", {**LLAMA31, "rope_scaling": scaling}, 262144)
+    assert parameters.rope_parameters["low_freq_factor"] == 2
+    assert parameters.rope_parameters["high_freq_factor"] == 8
+
+
 def test_replace_scales_from_the_original_context_even_below_the_supported_one():
     resolved = resolve_rope("linear", LLAMA31, 65536, replace=True)
     assert resolved.rope_parameters["factor"] == 8
@@ -668,6 +675,12 @@ def test_a_typed_mapping_gets_the_defaults_of_its_config_class():
     }
     untyped = {key: value for key, value in neox.items() if key != "model_type"}
     assert rope_parameters_of({**untyped, "rotary_pct": 0.25}) == parameters
+
+
+def test_only_the_rotary_part_of_a_plain_deepseek_mapping_counts():
+    base = {**LLAMA2, "qk_rope_head_dim": 64}
+    parameters = resolve_rope("ntk", base, 8192).rope_parameters
+    assert parameters["rope_theta"] == pytest.approx(1e4 * 2 ** (64 / 62))
 
 
 def test_original_context_overrides_the_maximum_of_an_unscaled_base():

@@ -148,7 +148,7 @@ def _settings(
     if request.preset != "none":
         fields = {"rope_parameters": parameters, "max_position_embeddings": maximum}
     outside = "original_max_position_embeddings"
-    if extended and outside in after and getattr(config, outside, None) is not None:
+    if outside in after and getattr(config, outside, None) is not None:
         # Phi-3's field outside rope_parameters overrides the one inside it.
         fields[outside] = after[outside]
     return RopeSettings(
