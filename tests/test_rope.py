@@ -481,6 +481,9 @@ def test_linear_on_a_linear_base_multiplies_the_factor():
     assert resolve_rope("linear", base, 16384).rope_parameters["factor"] == 4
     assert resolve_rope("linear", base, 12288).rope_parameters["factor"] == 3
     assert resolve_rope("linear", base, 8193).rope_parameters["factor"] == 3
+    thirds = {**LLAMA2, "max_position_embeddings": 10000}
+    thirds["rope_scaling"] = {"type": "linear", "factor": 3.0}
+    assert resolve_rope("linear", thirds, 20000).rope_parameters["factor"] == 6
 
 
 def test_original_context_tells_a_linear_base_that_kept_its_unscaled_maximum():

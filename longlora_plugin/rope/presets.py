@@ -89,7 +89,7 @@ def linear(request: RopeRequest) -> dict[str, Any]:
     _only(request, "factor")
     rope_type = "proportional" if request.rope_type == "proportional" else "linear"
     _refuse_other_scaling(request, rope_type)
-    whole = float(math.ceil(round(request.usual_factor, 9)))
+    whole = float(math.ceil(round(request.least_factor, 9)))
     return {**request.kept, "rope_type": rope_type, "factor": _factor(request, whole)}
 
 
