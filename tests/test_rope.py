@@ -759,6 +759,7 @@ WRONG = [
     ("llama3", {"low_freq_factor": 4}, "high_freq_factor 4 must be above low_freq_factor 4"),
     ("theta", {}, r"no theta is given; write rope: \{preset: theta"),
     ("theta", {"theta": 1e6, "base": 1e6}, "both theta and base are given"),
+    ("theta", {"theta": "5e5"}, r"here 500000 \(YAML reads 5e5 as text\)"),
     ("theta", {"theta": 0.5}, "theta: got 0.5; write a number above 1"),
     ("longrope", {}, "needs short_factor and long_factor, 64 numbers each"),
     ("longrope", {"short_factor": [1.0] * 64}, "needs long_factor"),

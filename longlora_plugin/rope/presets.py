@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -296,15 +297,15 @@ def _of_base(request: RopeRequest, rope_type: str, *names: str) -> dict[str, Any
 
 def _number(request: RopeRequest, name: str, value: Any = None, *, above: float = 0.0) -> float:
     value = request.options[name] if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        fault = True
-    else:
-        fault = not math.isfinite(value) or value <= above
-    if fault:
-        raise ValueError(
-            f"rope: {request.preset}: {name}: got {value!r}; write a number above {above:g}"
-        )
-    return float(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and math.isfinite(value) and value > above:
+        return float(value)
+    hint = ""
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d+", value):
+        hint = f", here {float(value):.0f} (YAML reads {value} as text)"
+    raise ValueError(
+        f"rope: {request.preset}: {name}: got {value!r}; write a number above {above:g}{hint}"
+    )
 
 
 def _numbers(request: RopeRequest, name: str) -> list[float]:
