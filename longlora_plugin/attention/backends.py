@@ -40,7 +40,7 @@ def backend_for(implementation: str | None) -> Backend:
         return flex_attention
     name = (implementation or "").split("@")[0]
     if name in ("flash_attention_2", "flash_attention_3", "flash_attention_4") or (
-        "/" in name and "flash" in name
+        "/" in name and "flash" in name and "|" not in name
     ):
         return partial(varlen_attention, implementation=str(implementation))
     raise ValueError(

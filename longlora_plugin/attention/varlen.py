@@ -48,8 +48,19 @@ def varlen_attention(
     Returns:
         [B, N, H, D]; padding is zero.
     """
-    from transformers.modeling_flash_attention_utils import _flash_attention_forward
+    from transformers.modeling_flash_attention_utils import (
+        _flash_attention_forward,
+        lazy_import_flash_attention,
+    )
 
+    if sinks_H is not None:
+        _, process = lazy_import_flash_attention(implementation)
+        takes = process.keywords["supports_mapping"]
+        if not (takes["s_aux"] or takes["learnable_sink"]):
+            raise ValueError(
+                f"the kernel of attn_implementation: {implementation} has no attention sinks, which "
+                "this model needs; write flash_attention_4, flex_attention or eager"
+            )
     head_dim, v_head_dim = q_BHND.shape[-1], v_BKND.shape[-1]
     if scale is None:
         scale = head_dim**-0.5
