@@ -130,8 +130,7 @@ def ids_of_mask(
     Args:
         mask_function: takes four broadcastable index tensors.
         padding_mask: bool [B, ≥ N], True for real tokens; None where all are.
-        position_ids: integer [B, N] or [1, N]; a document starts also where a real token's is not
-            that of the real token before plus one.
+        position_ids: integer [B, N] or [1, N], as in `from_ids`.
 
     Returns:
         int64 [B, N] document ids, `PADDING` for padding; None where the mask is not causal
@@ -157,7 +156,8 @@ def ids_of_mask(
     start = real & ((previous < 0) | ~sees(here, previous.clamp(min=0)))
     if position_ids is not None:
         positions = position_ids.to(device).expand(batch, length)
-        start |= real & (positions != positions.gather(1, previous.clamp(min=0)) + 1)
+        steps = positions - positions.gather(1, previous.clamp(min=0))
+        start |= real & (steps != 1) & (steps != here - previous)
     first = torch.where(start, here, 0).cummax(dim=1).values
     if not bool((sees(here, first) | ~real).all()):
         return None

@@ -11,6 +11,10 @@ of mask functions. Both are wrapped while at least one model is enabled:
 Names do not change: the model keeps its `attn_implementation`, and evaluation, generation and
 every other model run the stock functions. A covered layer is causal, attends to the whole document
 and goes through the registry. All others keep the stock path and are counted with the reason.
+
+Two kinds of forward hooks help: models note the `position_ids` they are called with, for the mask
+function is not told of them where there is a padding mask or a cache; and a layer that is not
+covered but shares a covered layer's mask gets its dense mask back.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.masking_utils import causal_mask_function as plain_causal
 
@@ -33,6 +38,10 @@ from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
 REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"
 _MARK = "_longlora_shifted_attention"
 """Attribute of a covered attention module: its `ShiftedAttention`."""
+
+FULL_ATTENTION = frozenset({"full_attention", "attention", "hybrid"})
+"""Kinds in a config's `layer_types` that attend to the whole document; `hybrid` layers do so beside
+a recurrence."""
 
 _enabled: list[ShiftedAttention] = []
 
@@ -46,6 +55,7 @@ class ShiftedAttention:
         skipped: reason → number of attention layers that keep the stock path.
         active: False switches training back to the model's own attention, and True on again.
         calls: how often S²-Attn ran; 0 after a training step means that it never engaged.
+        position_ids: what the model now running was given, None between forward passes.
     """
 
     def __init__(
@@ -63,7 +73,10 @@ class ShiftedAttention:
         self.skipped = dict(skipped)
         self.active = True
         self.calls = 0
+        self.position_ids: torch.Tensor | None = None
         self._modules = modules
+        self._hooks: list[Any] = []
+        self._dense_mask: tuple[torch.Tensor, Any] | None = None
         self._copies: WeakSet[torch.nn.Module] = WeakSet()
         self._documents: tuple[Any, Any, docs.Documents] | None = None
 
@@ -81,6 +94,9 @@ class ShiftedAttention:
     def remove(self) -> None:
         """Bring the stock behaviour back; a second call does nothing."""
         self.active = False
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         for module in [*self._modules, *self._copies]:
             if module.__dict__.get(_MARK) is self:
                 delattr(module, _MARK)
@@ -96,6 +112,48 @@ class ShiftedAttention:
             for module in [*self._modules, *self._copies]
             if getattr(module, "config", None) is config
         )
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Hook the model's position ids, and the masks of layers that are not covered."""
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                self._hooks += [
+                    module.register_forward_pre_hook(self._note_positions, with_kwargs=True),
+                    module.register_forward_hook(self._forget_positions, always_call=True),
+                ]
+        for module in attention_layers(model):
+            if _MARK not in module.__dict__:
+                self._hooks.append(
+                    module.register_forward_pre_hook(self._give_dense_mask, with_kwargs=True)
+                )
+
+    def _note_positions(self, _: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        positions = kwargs.get("position_ids")
+        # Positions of images and the like have another shape and say nothing of documents.
+        if self.active and isinstance(positions, torch.Tensor) and positions.dim() == 2:
+            self.position_ids = positions
+
+    def _forget_positions(self, *_: Any) -> None:
+        self.position_ids = None
+
+    def _give_dense_mask(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        given = [*args, *kwargs.values()]
+        if not any(_are_document_ids(x) for x in given):
+            return None
+        dtype = next(
+            x.dtype for x in given if isinstance(x, torch.Tensor) and x.dtype.is_floating_point
+        )
+
+        def dense(x: Any) -> Any:
+            if not _are_document_ids(x):
+                return x
+            if self._dense_mask is None or self._dense_mask[0] is not x:
+                self._dense_mask = (x, _stock_mask(x, module.config, dtype))
+            return self._dense_mask[1]
+
+        return tuple(dense(x) for x in args), {name: dense(x) for name, x in kwargs.items()}
 
     def attend(
         self,
@@ -191,7 +249,12 @@ def _with(function: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
 
 
 def _are_document_ids(mask: Any) -> bool:
-    return isinstance(mask, torch.Tensor) and mask.dtype == torch.int64 and mask.dim() == 4
+    return (
+        isinstance(mask, torch.Tensor)
+        and mask.dtype == torch.int64
+        and mask.dim() == 4
+        and mask.shape[1:3] == (1, 1)
+    )
 
 
 def _ids_of(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
@@ -236,7 +299,7 @@ def enable_shifted_attention(
         reasons = "; ".join(f"{count} × {reason}" for reason, count in skipped.items())
         raise ValueError(
             f"shifted attention covers no layer of {type(model).__name__}: "
-            f"{reasons or 'it has no attention that goes through transformers attention interface'}"
+            f"{reasons or 'no attention of it goes through the interface of transformers'}"
         )
     if any(_MARK in module.__dict__ for module in covered):
         raise ValueError("shifted attention is already enabled on this model; remove() it first")
@@ -251,21 +314,35 @@ def enable_shifted_attention(
     )
     for module in covered:
         setattr(module, _MARK, handle)
+    handle.watch(model)
     _enabled.append(handle)
     _wrap_registries(covered)
     return handle
 
 
 def eligible_layers(model: torch.nn.Module) -> tuple[list[torch.nn.Module], Counter[str]]:
-    """Attention modules that S² may cover, and the reasons why others are not, counted."""
+    """Attention modules that S² may cover, and the reasons why others are not, counted.
+
+    Layers without attention (linear attention, convolutions) are counted too, where the config
+    lists them in `layer_types`.
+    """
     covered: list[torch.nn.Module] = []
     skipped: Counter[str] = Counter()
-    for module in attention_layers(model):
+    layers = attention_layers(model)
+    for module in layers:
         reason = _why_not(module)
         if reason:
             skipped[reason] += 1
         else:
             covered.append(module)
+    attending = {(id(layer.config), getattr(layer, "layer_idx", None)) for layer in layers}
+    configs = {
+        id(config): config for config in (getattr(m, "config", None) for m in model.modules())
+    }
+    for key, config in configs.items():
+        for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
+            if kind not in FULL_ATTENTION and (key, index) not in attending:
+                skipped[f"{_words(kind)} layer has no attention that could be shifted"] += 1
     return covered, skipped
 
 
@@ -282,47 +359,46 @@ def attention_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     ]
 
 
-def _uses_registry(module: torch.nn.Module) -> bool:
-    forward = inspect.unwrap(type(module).forward)
-    return REGISTRY_NAME in forward.__code__.co_names
+def _words(kind: str) -> str:
+    return kind.replace("_", " ")
 
 
 def _why_not(module: torch.nn.Module) -> str | None:
     name, config = type(module).__name__, module.config
-    if not _uses_registry(module):
+    code = inspect.unwrap(type(module).forward).__code__
+    if REGISTRY_NAME not in code.co_names:
         return f"{name} does not go through transformers' attention interface"
+    if any(isinstance(const, tuple) and "position_bias" in const for const in code.co_consts):
+        return f"{name} adds a position bias to its scores"
     if getattr(module, "is_causal", None) is not True:
         return f"{name} is not causal"
     if getattr(module, "is_cross_attention", False):
         return f"{name} is cross-attention"
-    layer_types = getattr(config, "layer_types", None)
-    index = getattr(module, "layer_idx", None)
-    if layer_types and index is not None and index < len(layer_types):
-        kind = layer_types[index]
-        if kind not in ("full_attention", "attention"):
-            return f"{name} is {kind.replace('_', ' ')}"
     window = getattr(module, "sliding_window", None)
-    if window is None and not layer_types:
-        window = getattr(config, "sliding_window", None)
-    if _is_limiting(config, window):
-        return f"{name} has a sliding window of {window} tokens"
-    return None
+    kind = _layer_kind(module)
+    if kind in FULL_ATTENTION:
+        return None
+    if kind is None or "sliding" in kind:
+        window = window or getattr(config, "sliding_window", None)
+        if _limits(window, config):
+            return f"{name} has a sliding window of {window} tokens"
+        return None
+    return f"{name} is {_words(kind)}"
 
 
-def _is_limiting(config: Any, window: int | None) -> bool:
+def _layer_kind(module: torch.nn.Module) -> str | None:
+    layer_types = getattr(module.config, "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    # A block that several layers share has no index of its own (Zamba2: -1).
+    if not layer_types or index is None or not 0 <= index < len(layer_types):
+        return None
+    return layer_types[index]
+
+
+def _limits(window: int | None, config: Any) -> bool:
+    """Whether a window is narrower than the longest sequence of the model."""
     longest = getattr(config, "max_position_embeddings", None)
     return bool(window) and (longest is None or window < longest)
-
-
-def _is_for_limited_layers(config: Any, local_size: int | None) -> bool:
-    """Whether a mask with a window or a chunk is for layers that S² does not cover.
-
-    A mixed model makes one mask a kind of layer. Rows shorter than the window would look like
-    full attention, so the mask function alone does not tell.
-    """
-    if local_size is None:
-        return False
-    return bool(getattr(config, "layer_types", None)) or _is_limiting(config, local_size)
 
 
 # --- the registries -------------------------------------------------------------------------
@@ -348,8 +424,9 @@ def _attention_wrapper(stock: Callable[..., Any]) -> Callable[..., Any]:
         ):
             if _are_document_ids(attention_mask):
                 raise ValueError(
-                    "some attention layers of this model are in training mode and others are not; "
-                    "with padded or packed rows call model.train() or model.eval() on the whole"
+                    f"{type(module).__name__} got the documents of a shifted attention mask, but "
+                    "runs the model's own attention; call model.train() or model.eval() on the "
+                    "whole model, not on single layers"
                 )
             return stock(module, query, key, value, attention_mask, *args, **kwargs)
         return handle.attend(module, query, key, value, attention_mask, *args, **kwargs)
@@ -360,30 +437,68 @@ def _attention_wrapper(stock: Callable[..., Any]) -> Callable[..., Any]:
 def _mask_wrapper(stock: Callable[..., Any]) -> Callable[..., Any]:
     def mask(*args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("config")
+        handle = next((handle for handle in _enabled if handle.training(config)), None)
         if (
             args
             or config is None
+            or handle is None
             or kwargs["q_length"] != kwargs["kv_length"]
             or kwargs.get("use_vmap")
-            or _is_for_limited_layers(config, kwargs.get("local_size"))
-            or not any(handle.training(config) for handle in _enabled)
+            or _limits(kwargs.get("local_size"), config)
         ):
             return stock(*args, **kwargs)
-        padding = kwargs.get("attention_mask")
+        batch, length = kwargs["batch_size"], kwargs["q_length"]
+        padding, positions = kwargs.get("attention_mask"), handle.position_ids
         if padding is not None and bool(padding.all()):
             padding = None
-        if padding is None and kwargs["mask_function"] is plain_causal:
+        if positions is not None and positions.shape not in ((batch, length), (1, length)):
+            positions = None
+        # None means "plain causal" to these implementations, but "no mask" to the others, of which
+        # a layer that is not covered may be given it too.
+        none_is_causal = config._attn_implementation not in ("eager", "flex_attention")
+        if (
+            none_is_causal
+            and kwargs.get("allow_is_causal_skip", True)
+            and padding is None
+            and positions is None
+            and kwargs["mask_function"] is plain_causal
+        ):
             return None
         ids = docs.ids_of_mask(
             kwargs["mask_function"],
             padding,
-            batch=kwargs["batch_size"],
-            length=kwargs["q_length"],
+            batch=batch,
+            length=length,
             device=kwargs.get("device", "cpu"),
+            position_ids=positions,
         )
         return stock(**kwargs) if ids is None else ids[:, None, None, :]
 
+    mask.stock = stock  # type: ignore[attr-defined]
     return mask
+
+
+def _stock_mask(document_ids: torch.Tensor, config: Any, dtype: torch.dtype) -> Any:
+    """The mask that [B, 1, 1, N] document ids stand for, as the model's own attention wants it."""
+    ids = document_ids[:, 0, 0]
+
+    def same_document(
+        b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor
+    ) -> torch.Tensor:
+        return (kv <= q) & (ids[b, q] == ids[b, kv])
+
+    function = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]
+    return getattr(function, "stock", function)(
+        batch_size=ids.shape[0],
+        q_length=ids.shape[1],
+        kv_length=ids.shape[1],
+        mask_function=same_document,
+        attention_mask=ids != docs.PADDING,
+        allow_is_causal_skip=False,
+        dtype=dtype,
+        device=ids.device,
+        config=config,
+    )
 
 
 _wrapped_attention: list[Any] = []
