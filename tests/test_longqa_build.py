@@ -378,6 +378,25 @@ def test_a_wrong_file_of_short_instructions_says_where(tmp_path, content, says):
         read_short(path)
 
 
+@pytest.mark.parametrize(
+    ("package", "options"),
+    [
+        ("sentencex", []),
+        ("datasketch", []),
+        ("rapidfuzz", ["--evidence-edits", "2"]),
+        ("openai", ["--base-url", "http://localhost:1/v1", "--model", "m"]),
+    ],
+)
+def test_a_missing_package_is_named_with_the_line_that_installs_it(
+    build, stories, tmp_path, monkeypatch, package, options
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    result = build(stories, tmp_path / "a.jsonl", *options)
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert f"needs {package}; pip install 'longlora-plugin[longqa]'" in said
+
+
 def test_dry_run_counts_windows_and_writes_nothing(build, stories, tmp_path):
     result = build(stories, tmp_path / "new" / "a.jsonl", "--dry-run")
     assert result.exit_code == 0

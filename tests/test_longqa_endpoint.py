@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -425,3 +426,29 @@ def test_kill_9_at_any_point_and_again_gives_the_set_of_an_uninterrupted_run(ask
     assert out.read_bytes() == whole[0]
     # Only what was under way at a kill is asked again: two requests at a time.
     assert len(stub.requests) <= whole[1] + 2 * kills
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_keeps_the_replies_under_way_and_twice_drops_them(ask, whole, tmp_path, times):
+    def in_child():
+        sys.exit(ask(stub.url, "--concurrency", 2, "--retries", 0).exit_code)
+
+    with Stub(delay=0.2 if times == 1 else 20) as stub:
+        process = multiprocessing.get_context("fork").Process(target=in_child)
+        process.start()
+        deadline = time.monotonic() + 60
+        while len(stub.requests) < (3 if times == 1 else 2):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        for _ in range(times):
+            os.kill(process.pid, signal.SIGINT)
+            time.sleep(0.3 * (times - 1))
+        process.join(15)
+        assert process.exitcode == 130
+        asked = len(stub.requests)
+        assert asked < whole[1]
+        out = tmp_path / "a.jsonl"
+        assert (len(rows(out)) if out.exists() else 0) == (2 * asked if times == 1 else 0)
+        stub.delay = 0
+        assert ask(stub.url).exit_code == 0
+    assert out.read_bytes() == whole[0]

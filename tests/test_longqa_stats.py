@@ -112,6 +112,18 @@ def test_lines_that_are_no_rows_are_named_and_not_fatal(tmp_path):
     assert "2 lines are no rows" in output
 
 
+def test_one_json_list_is_read_as_longalpaca_has_it(tmp_path):
+    path = tmp_path / "LongAlpaca-12k.json"
+    listed = [{"instruction": f"a {n}", "input": "", "output": "c"} for n in range(3)]
+    path.write_text(json.dumps([*listed, 5], indent=2))
+    described, damaged = describe(path)
+    assert len(described) == 3
+    assert list(damaged.values()) == ["is not an object"]
+    path.write_text("[{")
+    with pytest.raises(ValueError, match="begins a JSON list, but is not JSON"):
+        describe(path)
+
+
 def test_warns_of_pairs_that_the_recipe_would_drop():
     summary = summarize([*many(8), *many(2, tokens=900)], sequence_len=512)
     assert any("2 of 10 pairs are longer than sequence_len: 512" in w for w in summary.warnings)

@@ -177,7 +177,7 @@ def _build(source: Path, out: Path, options: dict[str, Any]) -> Report:
     tokenizer = _load_tokenizer(options["tokenizer"])
     with (
         Reader(**{name: value for name, value in limits.items() if value is not None}) as reader,
-        _progress() as notify,
+        _Progress() as notify,
     ):
         builder = Builder(
             source,
@@ -207,7 +207,7 @@ def _load_tokenizer(name: str) -> Any:
         ) from None
 
 
-class _progress:
+class _Progress:
     """A progress line that is fed with reports, on the terminal only."""
 
     def __enter__(self) -> Any:
@@ -230,9 +230,11 @@ class _progress:
 
     def _update(self, report: Report) -> None:
         pairs = report.pairs.total()
+        waiting = ", waiting for replies under way (Ctrl-C drops them)"
         self.bar.update(
             self.task,
-            description=f"{report.documents} documents, {report.windows} windows, {pairs} pairs",
+            description=f"{report.documents} documents, {report.windows} windows, {pairs} pairs"
+            + (waiting if report.stopped else ""),
         )
 
 

@@ -8,9 +8,14 @@ an uninterrupted run writes, and a run that goes on adds the rest.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import random
+import signal
+import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -19,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from longlora_plugin.longqa import tasks
-from longlora_plugin.longqa.documents import Document, Reader, Unreadable, find_files
+from longlora_plugin.longqa.documents import Document, Reader, Unreadable, find_files, require
 from longlora_plugin.longqa.endpoint import (
     ANSWER_TOKENS,
     Budget,
@@ -176,6 +181,39 @@ class _Stop(Exception):
         self.exit_code = exit_code
 
 
+class _Interrupt:
+    """Ctrl-C as a wish that is looked at between steps: no step is ever left half done.
+
+    Replies under way are waited for, since they are paid for; a second Ctrl-C ends the process
+    there and then, which is as safe as a kill is.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> _Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, *_: object) -> None:
+        if self.asked:
+            if sys.stderr.isatty():
+                # A progress display hides the cursor.
+                os.write(2, b"\x1b[?25h\n")
+            os._exit(EXIT_INTERRUPTED)
+        self.asked = True
+
+    def check(self) -> None:
+        if self.asked:
+            raise _Stop("interrupted", EXIT_INTERRUPTED)
+
+
 def token_count(tokenizer: Any) -> Count:
     """Counts tokens of texts with a transformers tokenizer, without special tokens."""
     # Its warning about long texts is about running a model, not about counting.
@@ -228,6 +266,10 @@ class Builder:
         self.short = short
         self.notify = notify
         self.report = Report()
+        # Found missing now, not after the first answer was paid for.
+        require("sentencex", "finding sentences")
+        if settings.evidence_edits:
+            require("rapidfuzz", "--evidence-edits")
         self.window_budget = self._window_budget()
 
     def _window_budget(self) -> int:
@@ -272,9 +314,12 @@ class Builder:
             report.exit_code = EXIT_DISK
             return report
         try:
-            with Journal(self.out, repair=True) as journal:
+            with (
+                Journal(self.out, repair=True) as journal,
+                _Interrupt() as interrupt,
+            ):
                 self._check_settings(journal)
-                self._run(journal)
+                self._run(journal, interrupt)
         except CannotWrite as error:
             report.stopped, report.exit_code = str(error), EXIT_DISK
         finally:
@@ -331,13 +376,14 @@ class Builder:
                 "give the same ones to go on, or write to another file"
             )
 
-    def _run(self, journal: Journal) -> None:
+    def _run(self, journal: Journal, interrupt: _Interrupt) -> None:
         writer = _Writer(self, journal)
-        asker = _Asker(self, journal) if self.endpoint is not None else None
+        asker = _Asker(self, journal, interrupt) if self.endpoint is not None else None
         report = self.report
         waiting: deque[Unit] = deque()
         try:
             for unit in self._units(journal):
+                interrupt.check()
                 waiting.append(unit)
                 if unit.name not in journal.units:
                     if asker is None:
@@ -349,8 +395,7 @@ class Builder:
                 asker.finish()
         except _Stop as stop:
             report.stopped, report.exit_code = str(stop), stop.exit_code
-        except KeyboardInterrupt:
-            report.stopped, report.exit_code = "interrupted", EXIT_INTERRUPTED
+            self.notify(report)
         finally:
             if asker is not None:
                 asker.close()
@@ -596,8 +641,9 @@ def _says(pair: dict[str, Any]) -> str:
 class _Asker:
     """Asks the endpoint about units, several at a time, within the budget."""
 
-    def __init__(self, builder: Builder, journal: Journal) -> None:
+    def __init__(self, builder: Builder, journal: Journal, interrupt: _Interrupt) -> None:
         assert builder.endpoint is not None
+        self.interrupt = interrupt
         self.builder, self.journal, self.endpoint = builder, journal, builder.endpoint
         self.pool = ThreadPoolExecutor(builder.concurrency)
         self.running: dict[Future[Reply], tuple[Unit, int]] = {}
@@ -645,7 +691,10 @@ class _Asker:
 
     def _collect(self) -> None:
         """Take in the replies that are there, at least one."""
-        done, _ = wait(self.running, return_when=FIRST_COMPLETED)
+        done: set[Future[Reply]] = set()
+        while not done:
+            self.interrupt.check()
+            done, _ = wait(self.running, timeout=0.2, return_when=FIRST_COMPLETED)
         for future in sorted(done, key=lambda future: self.running[future][0].name):
             self._take(future, again=True)
 
@@ -690,10 +739,8 @@ class _Asker:
             while self.running:
                 done, _ = wait(self.running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    try:
+                    with contextlib.suppress(_Stop):
                         self._take(future, again=False)
-                    except _Stop:
-                        continue
         finally:
             self.pool.shutdown(cancel_futures=True)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -56,6 +57,18 @@ _PARSED_APART = ("pdf", "epub", "html")
 # pygments has lexers for these too, but they hold data, not something to ask questions about.
 _DATA_LANGUAGES = {"json", "json5", "jsonld", "xml", "yaml", "toml", "ini", "properties", "diff"}
 _DATA_LANGUAGES |= {"text", "output", "csv", "genshi", "html", "svg", "po", "debcontrol"}
+
+
+def require(package: str, purpose: str) -> Any:
+    """Import an optional package.
+
+    Raises:
+        ValueError: it is not installed; says the line that installs it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ValueError(f"{purpose} needs {package}; {INSTALL}") from None
 
 
 class Unreadable(ValueError):
@@ -313,7 +326,9 @@ def _document(
     )
 
 
-_CHAPTER = re.compile(r"(?im)^#*\s*(chapter|book|act|canto|volume)\b[ .]*([ivxlc\d]+|the)\b")
+_CHAPTER = re.compile(
+    r"(?im)^#*\s*(chapter|book|act|canto|volume)\b[ .]*([ivxlc\d]+|the|one|first)\b"
+)
 
 
 def kind_of(text: str, style: str) -> str:
@@ -365,6 +380,8 @@ def _start_child(max_text: int) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env=environment,
+        # Ctrl-C is for the build, which ends the child itself.
+        start_new_session=True,
     )
 
 

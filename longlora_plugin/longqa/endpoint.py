@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from longlora_plugin.longqa.documents import INSTALL
+from longlora_plugin.longqa.documents import require
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 ANSWER_TOKENS = 300
@@ -203,15 +203,12 @@ class Endpoint:
                 f"--base-url {base_url} is no http address; "
                 "write for example http://localhost:8000/v1"
             )
-        try:
-            import openai
-        except ImportError:
-            raise ValueError(f"--base-url needs the openai client; {INSTALL}") from None
+        openai = require("openai", "--base-url")
         self.base_url = base_url
         self.model = model
         self.answer_tokens = answer_tokens
         self._key = key
-        self._openai: Any = openai
+        self._openai = openai
         self._client: Any = openai.OpenAI(
             base_url=base_url,
             api_key=key or "not-needed",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from longlora_plugin.longqa.documents import INSTALL
+from longlora_plugin.longqa.documents import require
 
 SHORTEST_EVIDENCE = 8
 """Characters that are not space below which a quote would stand anywhere by chance."""
@@ -39,11 +39,10 @@ def _stands(quote: str, text: str, edits: int) -> bool:
         return True
     if edits == 0:
         return False
-    try:
-        from rapidfuzz.distance import Levenshtein
-        from rapidfuzz.fuzz import partial_ratio_alignment
-    except ImportError:
-        raise ValueError(f"--evidence-edits needs rapidfuzz; {INSTALL}") from None
+    require("rapidfuzz", "--evidence-edits")
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.fuzz import partial_ratio_alignment
+
     place = partial_ratio_alignment(quote, text)
     if place is None or len(quote) > len(text) + edits:
         return False
@@ -71,12 +70,9 @@ class NearDuplicates:
         self._kept: dict[str, frozenset[int]] = {}
         self._index: Any = None
         if similar <= 1:
-            try:
-                from datasketch import MinHashLSH
-            except ImportError:
-                raise ValueError(f"finding near-duplicates needs datasketch; {INSTALL}") from None
+            datasketch = require("datasketch", "finding near-duplicates")
             # Candidates from a lower bar: MinHash only estimates, and the check after it is exact.
-            self._index = MinHashLSH(max(0.1, similar - 0.2), _PERMUTATIONS)
+            self._index = datasketch.MinHashLSH(max(0.1, similar - 0.2), _PERMUTATIONS)
 
     def find(self, text: str) -> str | None:
         """Key of an earlier text that `text` nearly repeats; None where there is none."""

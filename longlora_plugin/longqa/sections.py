@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from longlora_plugin.longqa.documents import INSTALL, Document
+from longlora_plugin.longqa.documents import Document, require
 
 Count = Callable[[Sequence[str]], list[int]]
 """Tokens of each text, without special tokens."""
@@ -131,10 +131,7 @@ def sentences(text: str, style: str, language: str = "en") -> list[str]:
     """
     if style == "code":
         return [line for line in text.split("\n") if line.strip()]
-    try:
-        from sentencex import segment
-    except ImportError:
-        raise ValueError(f"finding sentences needs sentencex; {INSTALL}") from None
+    segment = require("sentencex", "finding sentences").segment
     return [found.strip() for found in segment(language, text) if found.strip()]
 
 

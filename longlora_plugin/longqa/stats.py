@@ -6,13 +6,13 @@ import hashlib
 import json
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from longlora_plugin.longqa.build import token_count
-from longlora_plugin.longqa.journal import Journal, provenance_path, row_name
+from longlora_plugin.longqa.journal import Journal, line_of, provenance_path, row_name
 from longlora_plugin.longqa.wordings import SPECIAL_TOKENS, as_trained, row_texts
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 102400)
@@ -83,41 +83,54 @@ def describe(path: Path, tokenizer: Any = None) -> tuple[list[Described], dict[s
     rows: list[Described] = []
     pending: list[tuple[Described, str]] = []
     damaged: dict[str, str] = {}
-    try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    with stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("is not an object")
-                asked, answered = row_texts(row)
-            except ValueError as error:
-                damaged[f"{path}, line {number}"] = str(error).split("\n")[0][:160]
-                continue
-            facts = known.get(row_name(line), {})
-            described = Described(
-                file=str(path),
-                name=row_name(line),
-                kind=facts.get("kind", "unknown"),
-                task=facts.get("task", "unknown"),
-                document=facts.get("document") or _document_of(asked),
-                tokens=facts.get("tokens"),
-                characters=len(asked) + len(answered),
-                depth=_depth(asked, facts.get("evidence") or [answered]),
-            )
-            rows.append(described)
-            if count is not None:
-                layout = "chat" if "messages" in row else "alpaca"
-                pending.append((described, as_trained(layout, asked, answered, tokenizer)))
-            if len(pending) == _BATCH:
-                _measure(pending, count)
+    for where, line in _lines_of(path):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("is not an object")
+            asked, answered = row_texts(row)
+        except ValueError as error:
+            damaged[f"{path}, {where}"] = str(error).split("\n")[0][:160]
+            continue
+        name = row_name(line)
+        facts = known.get(name, {})
+        described = Described(
+            file=str(path),
+            name=name,
+            kind=facts.get("kind", "unknown"),
+            task=facts.get("task", "unknown"),
+            document=facts.get("document") or _document_of(asked),
+            tokens=facts.get("tokens"),
+            characters=len(asked) + len(answered),
+            depth=_depth(asked, facts.get("evidence") or [answered]),
+        )
+        rows.append(described)
+        if count is not None:
+            layout = "chat" if "messages" in row else "alpaca"
+            pending.append((described, as_trained(layout, asked, answered, tokenizer)))
+        if len(pending) == _BATCH:
+            _measure(pending, count)
     _measure(pending, count)
     return rows, damaged
+
+
+def _lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(where it stands, JSON) of every row: of JSONL, or of one JSON list as LongAlpaca-12k is."""
+    try:
+        with path.open("rb") as stream:
+            if stream.read(1) == b"[":
+                stream.seek(0)
+                for number, row in enumerate(json.load(stream), 1):
+                    yield f"row {number}", line_of(row)
+                return
+            stream.seek(0)
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield f"line {number}", line
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} begins a JSON list, but is not JSON: {error}") from None
 
 
 def _measure(pending: list[tuple[Described, str]], count: Any) -> None:
