@@ -309,6 +309,18 @@ def test_lengths_beyond_the_documents_are_skipped_with_a_note_or_refused(work, i
     assert f"has {ids.shape[1]} tokens" in message
 
 
+def test_rows_of_all_lengths_score_the_same_tokens(work, tmp_path):
+    documents = [(work / "data.txt").read_text(), text_of(60, seed=5), text_of(400, seed=6)]
+    data, out = tmp_path / "data.jsonl", tmp_path / "rows.json"
+    data.write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    result = run(work / "recipe.yml", "--data", data, "--lengths", "64,256", "--json", out,
+                 "--model", "base")  # fmt: skip
+    short, long = json.loads(out.read_text())
+    assert short["documents"] == long["documents"] == 2
+    assert short["tokens"] == long["tokens"]
+    assert "2 of 3 documents have 256 tokens" in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
