@@ -138,6 +138,14 @@ class LongLoRAConfig(BaseModel):
                 f"got a mapping without a preset ({sorted(value)}); "
                 "write rope: {preset: yarn, factor: 8}"
             )
+        if isinstance(value, Mapping):
+            for option, key in (
+                ("original_context", "longlora: {original_context: …}"),
+                ("target_context", "sequence_len"),
+                ("base_config", "base_model"),
+            ):
+                if option in value:
+                    raise ValueError(f"{option} is not an option of a preset; write {key}")
         return value
 
     def group_size_for(self, sequence_len: int) -> int:

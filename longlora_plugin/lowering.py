@@ -73,7 +73,7 @@ def lower(recipe: Mapping[str, Any], base_config: Any) -> tuple[dict[str, Any], 
     for kind in block.trainable:
         find("longlora_trainable_modules", kind, what="kind of trainable modules")
     settings = _rope(recipe, block, base_config, sequence_len)
-    if block.rope_preset != "none" and sequence_len <= settings.supported_context:
+    if block.rope_preset != "none" and not settings.extended:
         warnings.append(
             f"sequence_len {sequence_len} is not above the {settings.supported_context} tokens "
             f"that {recipe.get('base_model')} already handles: RoPE stays as it is, nothing is "

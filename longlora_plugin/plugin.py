@@ -96,7 +96,12 @@ class LongLoRAPlugin(BasePlugin):
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         block = _block(cfg)
-        if block is None or block.resolved is None or cfg.merge_lora or cfg.inference:
+        if block is None or block.resolved is None:
+            return
+        # Axolotl 0.19 raises the maximum of the built model, which switches `dynamic` off.
+        for field, value in block.resolved.config_fields.items():
+            setattr(model.config, field, value)
+        if cfg.merge_lora or cfg.inference:
             return
         if _trains_longlora(block):
             trained = self._prepare_adapter(cfg, model)

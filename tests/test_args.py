@@ -70,6 +70,10 @@ def test_rope_is_a_name_or_a_mapping(rope, preset, options):
         ({"full_attention_steps": -1}, ["full_attention_steps", "got -1"]),
         ({"shifted_attention": "perhaps"}, ["shifted_attention", "got 'perhaps'"]),
         ({"rope": {"factor": 8}}, ["without a preset", "preset: yarn"]),
+        (
+            {"rope": {"preset": "yarn", "original_context": 8}},
+            ["original_context is not an option", "longlora: {original_context"],
+        ),
         ({"original_context": 0}, ["original_context", "got 0"]),
         ("on", ["got 'on'", "block of keys"]),
         (False, ["got False", "block of keys"]),
