@@ -31,7 +31,7 @@ demo: install
 	python examples/quickstart/text.py $(OUT)/text
 	rm -rf $(OUT)/run $(OUT)/eval.json
 	axolotl train $(RECIPE) --launcher python
-	axolotl longlora eval $(RECIPE) --data $(OUT)/text/heldout.jsonl --lengths 256,2048 \
+	axolotl longlora eval $(RECIPE) --data $(OUT)/text/heldout.jsonl --lengths 256,2048 --buckets 0,128,256,512,1024,1536,2048 \
 		--stride 2048 --max-tokens 65536 --json $(OUT)/eval.json --plot $(OUT)/perplexity.png
 	axolotl merge-lora $(RECIPE)
 	python examples/quickstart/summary.py $(OUT)
