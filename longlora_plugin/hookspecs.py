@@ -1,7 +1,8 @@
 """Every hook of LongLoRA. A package adds to it by declaring an entry point in group `longlora`.
 
 Each hook returns a mapping from a name, as recipes will write it, to what that name stands for.
-The built-ins (`builtins.py`) come through the same hooks.
+The built-ins (`builtins.py`) come through the same hooks. A hook is called whenever its names are
+needed, so import what is heavy inside it.
 """
 
 from __future__ import annotations
@@ -21,19 +22,39 @@ hookimpl = pluggy.HookimplMarker("longlora")
 
 @hookspec
 def longlora_rope_presets() -> dict[str, Callable[..., Any]]:  # type: ignore[empty-body]
-    """RoPE presets: name → function of a `rope.RopeRequest`, returning `rope_parameters`."""
+    """RoPE presets, for `longlora.rope`.
+
+    Name → function of a `longlora_plugin.rope.RopeRequest` that returns the new `rope_parameters`
+    as plain JSON values: `rope_type` at least; θ and partial rotary are the base model's unless it
+    says otherwise. It raises ValueError for an option it does not know (`request.options`). It is
+    called only where the target is above what the base supports, or where options are given.
+    """
 
 
 @hookspec
 def longlora_attention_patterns() -> dict[str, AttentionPattern]:  # type: ignore[empty-body]
-    """Attention patterns: name → `attention.layout.AttentionPattern`."""
+    """Attention patterns, for `longlora.attention_pattern`.
+
+    Name → `longlora_plugin.attention.AttentionPattern(name, shifts)`. `shifts` is a function of
+    (heads, group_size) that returns one shift a head, from 0 to group_size − 1: a token i of that
+    head attends inside segment ⌊(i + shift) / group_size⌋ of its document. Every back end, packing
+    and padding then work by themselves, and nothing can see a later token.
+    """
 
 
 @hookspec
 def longlora_trainable_modules() -> dict[str, Callable[..., list[str]]]:  # type: ignore[empty-body]
-    """Kinds of trainable modules: kind → function of a built model, returning module names."""
+    """Kinds of modules that train beside LoRA, for `longlora.trainable`.
+
+    Kind → function of the base model that returns names of its modules, as `named_modules()` gives
+    them. They are trained in full, with fp32 masters, and saved as PEFT `modules_to_save`. `plan`
+    calls it with a model without weights (meta tensors), so it must not read any.
+    """
 
 
 @hookspec
 def longlora_recipes() -> dict[str, Path]:  # type: ignore[empty-body]
-    """Recipes: name → path of a YAML file."""
+    """Recipes, for `axolotl longlora recipes`.
+
+    Name → path of a YAML file that exists. Its first comment line is what `recipes list` shows.
+    """

@@ -1,0 +1,73 @@
+"""Recipes to start from: those shipped here, and those that installed packages add.
+
+In a wheel they stand in `recipes/configs`; a checkout has them in `examples/configs`, where people
+look for them. Loads no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A recipe that can be started from.
+
+    Attributes:
+        path: its YAML file.
+        owner: the distribution it comes from.
+    """
+
+    path: Path
+    owner: str
+
+    @property
+    def summary(self) -> str:
+        """Its first comment line."""
+        with self.path.open(encoding="utf-8") as lines:
+            first = next(lines, "")
+        return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+
+@cache
+def configs_dir() -> Path:
+    """Folder of the shipped recipes.
+
+    Raises:
+        FileNotFoundError: the installation has none.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parents[1] / "examples" / "configs"):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"this installation has no recipes: neither {package / 'configs'} nor examples/configs; "
+        "install longlora-plugin again"
+    )
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes of this package: name → YAML file."""
+    return {path.stem: path for path in sorted(configs_dir().glob("*.yml"))}
+
+
+def available() -> dict[str, Listed]:
+    """Every recipe of this package and of installed ones, by name."""
+    from longlora_plugin.hooks import provided, survey
+
+    provided("longlora_recipes")  # warns of what is skipped
+    offers, _ = survey("longlora_recipes")
+    return {name: Listed(Path(offer.value), offer.owner) for name, offer in offers.items()}
+
+
+def recipe_path(name: str) -> Path:
+    """The YAML file of the recipe called `name`.
+
+    Raises:
+        ValueError: there is none; names the nearest.
+    """
+    from longlora_plugin.hooks import find
+
+    return Path(find("longlora_recipes", name, what="recipe"))
