@@ -13,7 +13,8 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +57,20 @@ def lower(recipe: Mapping[str, Any], base_config: Any) -> tuple[dict[str, Any], 
         The keys to write into the recipe, and warnings.
 
     Raises:
-        ValueError: something in the recipe is wrong or contradicts itself.
+        ValueError: says everything in the recipe that is wrong or contradicts itself.
     """
     block = parse_block(recipe.get("longlora"))
     if block.resolved is not None:
         return {}, []
+    wrong = problems(recipe, block, base_config)
+    if wrong:
+        raise ValueError("\n".join(wrong))
     adapter = recipe.get("adapter")
     sequence_len = int(recipe.get("sequence_len") or AXOLOTL_SEQUENCE_LEN)
     warnings: list[str] = []
 
-    group_size = None
-    if block.shifted_attention:
-        group_size = block.group_size_for(sequence_len)
-        _check_attention(recipe, base_config)
-        find("longlora_attention_patterns", block.attention_pattern, what="attention pattern")
-    for kind in block.trainable:
-        find("longlora_trainable_modules", kind, what="kind of trainable modules")
-    settings = _rope(recipe, block, base_config, sequence_len)
+    group_size = block.group_size_for(sequence_len) if block.shifted_attention else None
+    settings = _rope(block, base_config, sequence_len)
     if block.rope_preset != "none" and not settings.extended:
         warnings.append(
             f"sequence_len {sequence_len} is not above the {settings.supported_context} tokens "
@@ -97,8 +95,7 @@ def lower(recipe: Mapping[str, Any], base_config: Any) -> tuple[dict[str, Any], 
     if resolved.config_fields:
         updates.update(_model_config(recipe, base_config, settings))
     if adapter == "longlora":
-        updates.update(_adapter(recipe))
-        _check_zero3(recipe)
+        updates.update(adapter_keys(recipe))
     if adapter:
         sharded = _sharded_fsdp_checkpoints(recipe)
         if sharded:
@@ -109,6 +106,49 @@ def lower(recipe: Mapping[str, Any], base_config: Any) -> tuple[dict[str, Any], 
                 "go on from them. The saved adapter is whole either way"
             )
     return updates, warnings
+
+
+def problems(recipe: Mapping[str, Any], block: LongLoRAConfig, base_config: Any) -> list[str]:
+    """Everything about LongLoRA that is wrong with a recipe; none of it depends on the others.
+
+    Args:
+        base_config: None where the base model's config cannot be read; what needs it is left out.
+    """
+    sequence_len = int(recipe.get("sequence_len") or AXOLOTL_SEQUENCE_LEN)
+    checks: list[Callable[[], Any]] = []
+    if block.shifted_attention:
+        checks += [
+            partial(block.group_size_for, sequence_len),
+            partial(_check_attention, recipe),
+            partial(
+                find,
+                "longlora_attention_patterns",
+                block.attention_pattern,
+                what="attention pattern",
+            ),
+        ]
+        if base_config is not None:
+            checks.append(partial(_check_family, recipe, base_config))
+    checks += [
+        partial(find, "longlora_trainable_modules", kind, what="kind of trainable modules")
+        for kind in block.trainable
+    ]
+    checks.append(partial(_check_one_rope, recipe, block))
+    if base_config is None:
+        checks.append(partial(find, "longlora_rope_presets", block.rope_preset, what="RoPE preset"))
+    else:
+        checks.append(partial(_check_rope, recipe, block, base_config, sequence_len))
+    if recipe.get("adapter") == "longlora":
+        checks.append(partial(_check_zero3, recipe))
+    return [message for message in map(_message, checks) if message]
+
+
+def _message(check: Callable[[], Any]) -> str | None:
+    try:
+        check()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _check_zero3(recipe: Mapping[str, Any]) -> None:
@@ -144,7 +184,8 @@ def _sharded_fsdp_checkpoints(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {"fsdp_config": {**section, "state_dict_type": "SHARDED_STATE_DICT"}}
 
 
-def _adapter(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def adapter_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What `adapter: longlora` means in keys that Axolotl knows."""
     updates: dict[str, Any] = {"adapter": "qlora" if recipe.get("load_in_4bit") else "lora"}
     updates.update({key: value for key, value in LORA_DEFAULTS.items() if recipe.get(key) is None})
     if not any(recipe.get(key) for key in TARGET_KEYS):
@@ -152,9 +193,7 @@ def _adapter(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return updates
 
 
-def _rope(
-    recipe: Mapping[str, Any], block: LongLoRAConfig, base_config: Any, sequence_len: int
-) -> RopeSettings:
+def _check_one_rope(recipe: Mapping[str, Any], block: LongLoRAConfig) -> None:
     own = {
         f"{section}.{key}": value
         for section in MODEL_CONFIG_KEYS
@@ -167,6 +206,17 @@ def _rope(
             f"two answers to how RoPE is scaled: longlora.rope: {block.rope_preset} and {theirs}; "
             "keep one: remove the model_config keys, or write longlora: {rope: none}"
         )
+
+
+def _check_rope(
+    recipe: Mapping[str, Any], block: LongLoRAConfig, base_config: Any, sequence_len: int
+) -> None:
+    settings = _rope(block, base_config, sequence_len)
+    if settings.extended:
+        _model_config(recipe, base_config, settings)
+
+
+def _rope(block: LongLoRAConfig, base_config: Any, sequence_len: int) -> RopeSettings:
     return resolve_rope(
         block.rope_preset,
         base_config,
@@ -200,7 +250,7 @@ def attention_implementation(recipe: Mapping[str, Any]) -> str:
     return ATTENTION_ALIASES.get(name, name)
 
 
-def _check_attention(recipe: Mapping[str, Any], base_config: Any) -> None:
+def _check_attention(recipe: Mapping[str, Any]) -> None:
     from longlora_plugin.attention.backends import backend_for
 
     backend_for(attention_implementation(recipe))
@@ -210,6 +260,9 @@ def _check_attention(recipe: Mapping[str, Any], base_config: Any) -> None:
             f"{recipe['context_parallel_size']}, which gives each GPU a part of the row; remove "
             "it, or write longlora: {shifted_attention: false}"
         )
+
+
+def _check_family(recipe: Mapping[str, Any], base_config: Any) -> None:
     if recipe.get("trust_remote_code"):
         return  # the model's file is not transformers'; the built model is checked
     if not uses_attention_interface(base_config):
