@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 COMMANDS = {
+    "import": "Original LongLoRA checkpoints to a PEFT adapter.",
     "longqa": "Long-document question-answer data: build it, describe it.",
     "plan": "Will a recipe fit, what will it cost; from the config alone.",
     "eval": "Perplexity by context length and position.",

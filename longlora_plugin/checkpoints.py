@@ -1,0 +1,238 @@
+"""Checkpoints of the original LongLoRA project, made into standard PEFT adapters.
+
+Its scripts left two layouts: `adapter_model.bin` (LoRA) beside `trainable_params.bin` (embeddings
+and norms) and `adapter_config.json`; or one `pytorch_model.bin` of the whole wrapped model, from
+which its `get_trainable_weights.py` had to be run first. Neither says how RoPE was scaled, so the
+models answer garbage until someone remembers to: position interpolation with the factor
+⌈context / original context⌉ (LongLoRA, section 4.1).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PREFIX = "base_model.model."
+LORA_FILE, TRAINED_FILE, WHOLE_FILE = (
+    "adapter_model.bin",
+    "trainable_params.bin",
+    "pytorch_model.bin",
+)
+TRAINED_PARTS = ("embed", "norm")
+"""What the original trained beside LoRA: every weight with one of these in its name."""
+ORIGINAL_ALPHA = 16
+"""α of the original's recipes, for a checkpoint without adapter_config.json."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import made.
+
+    Attributes:
+        lora: number of LoRA tensors.
+        trained: number of embedding and norm tensors.
+        context: context that RoPE was set for; None where it is not known, and no config written.
+        notes: what a user should know.
+    """
+
+    lora: int
+    trained: int
+    context: int | None
+    notes: tuple[str, ...]
+
+
+def import_checkpoint(
+    source: Path,
+    target: Path,
+    *,
+    base_model: str | None = None,
+    context: int | None = None,
+) -> Imported:
+    """Write an original checkpoint as a PEFT adapter with safetensors and a config with RoPE.
+
+    Args:
+        source: folder of an original checkpoint.
+        target: folder to write; must not hold an adapter.
+        base_model: folder or name of the base; default: what adapter_config.json says.
+        context: tokens it was trained for; default: what config.json or the folder's name says.
+
+    Raises:
+        ValueError: the folder holds no checkpoint, a file is not plain tensors, shapes contradict
+            each other or the base, or `target` already holds an adapter.
+    """
+    if (target / "adapter_config.json").exists():
+        raise ValueError(f"{target} already holds an adapter; name a new folder")
+    lora, trained = _tensors(source)
+    adapter_config = _adapter_config(source, lora, trained)
+    base_model = base_model or adapter_config.get("base_model_name_or_path")
+    notes: list[str] = []
+    if base_model is None:
+        notes.append("the checkpoint does not name its base model; give --base-model")
+    adapter_config["base_model_name_or_path"] = base_model
+    config = None
+    context = context or _context(source)
+    if context is None:
+        notes.append(
+            "how far its context was extended is not recorded, so no config.json was written and "
+            "RoPE stays unscaled; give --context TOKENS"
+        )
+    elif base_model is not None:
+        config = _extended_config(base_model, context, notes)
+        if config is not None:
+            _check_against_base(config, trained, notes)
+
+    from safetensors.torch import save_file
+
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        PREFIX + name: tensor.contiguous().clone() for name, tensor in {**lora, **trained}.items()
+    }
+    partial = target / "adapter_model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(target / "adapter_model.safetensors")
+    if config is not None:
+        config.save_pretrained(target)
+    # Last: a folder with this file is a complete adapter.
+    (target / "adapter_config.json").write_text(
+        json.dumps(adapter_config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
+    return Imported(len(lora), len(trained), context if config is not None else None, tuple(notes))
+
+
+def _tensors(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """LoRA tensors and fully trained tensors, named as in the base model."""
+    if (source / LORA_FILE).is_file():
+        lora = _load(source / LORA_FILE)
+        trained = _load(source / TRAINED_FILE) if (source / TRAINED_FILE).is_file() else {}
+        if not trained:
+            raise ValueError(
+                f"{source} has {LORA_FILE} but no {TRAINED_FILE}: the trained embeddings and norms "
+                f"are missing. They are in the {WHOLE_FILE} of the same run; put it beside it"
+            )
+    elif (source / WHOLE_FILE).is_file():
+        whole = _load(source / WHOLE_FILE)
+        lora = {name: tensor for name, tensor in whole.items() if "lora_" in name}
+        trained = {
+            name: tensor
+            for name, tensor in whole.items()
+            if "lora_" not in name and any(part in name for part in TRAINED_PARTS)
+        }
+    else:
+        raise ValueError(
+            f"{source} holds no LongLoRA checkpoint: expected {LORA_FILE} with {TRAINED_FILE}, "
+            f"or {WHOLE_FILE}"
+        )
+    lora = {_plain_name(name): tensor for name, tensor in lora.items()}
+    trained = {_plain_name(name): tensor for name, tensor in trained.items()}
+    if not lora:
+        raise ValueError(f"{source} holds no LoRA tensors (lora_A, lora_B)")
+    for name, tensor in lora.items():
+        pair = lora.get(name.replace("lora_A", "lora_B") if "lora_A" in name else "")
+        if "lora_A" in name and (pair is None or pair.shape[1] != tensor.shape[0]):
+            raise ValueError(f"{source}: {name} has no lora_B of the same rank")
+    return lora, trained
+
+
+def _plain_name(name: str) -> str:
+    return name.removeprefix(PREFIX).replace(".default", "").replace(".base_layer", "")
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} was refused: it holds more than tensors, which can run code when loaded. "
+            f"Get the file from a source you trust, or convert it there ({error})".splitlines()[0]
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged or cut off: {error}") from None
+    if not isinstance(content, Mapping) or not all(
+        isinstance(value, torch.Tensor) for value in content.values()
+    ):
+        raise ValueError(f"{path} is not a mapping from names to tensors")
+    return content
+
+
+def _adapter_config(
+    source: Path, lora: Mapping[str, Any], trained: Mapping[str, Any]
+) -> dict[str, Any]:
+    path = source / "adapter_config.json"
+    config: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{path} is not valid JSON") from None
+    ranks = {tensor.shape[0] for name, tensor in lora.items() if "lora_A" in name}
+    if len(ranks) != 1 or config.get("r", min(ranks)) not in ranks:
+        raise ValueError(
+            f"{source}: the LoRA tensors have rank {sorted(ranks)}, adapter_config.json says "
+            f"{config.get('r')}"
+        )
+    modules = {name.rsplit(".", 1)[0].rsplit(".", 1)[-1] for name in trained}
+    return {
+        "lora_alpha": ORIGINAL_ALPHA,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+        "target_modules": sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in lora}),
+        **config,
+        "peft_type": "LORA",
+        "r": ranks.pop(),
+        "inference_mode": True,
+        "modules_to_save": sorted(modules) or None,
+    }
+
+
+def _context(source: Path) -> int | None:
+    """The trained context, from a config.json beside the checkpoint or the folder's name."""
+    path = source / "config.json"
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        longest = config.get("max_position_embeddings")
+        if longest and scaling.get("factor"):
+            # The original kept the base's maximum beside a factor.
+            return int(longest * scaling["factor"])
+    named = re.findall(r"(?:^|[-_])(\d+)k(?:[-_]|$)", source.resolve().name, flags=re.IGNORECASE)
+    return int(named[-1]) * 1024 if named else None
+
+
+def _extended_config(base_model: str, context: int, notes: list[str]) -> Any:
+    from transformers import AutoConfig
+
+    from longlora_plugin.rope import apply_rope, resolve_rope
+
+    try:
+        config = AutoConfig.from_pretrained(base_model)
+    except (OSError, ValueError):
+        notes.append(
+            f"the config of {base_model} could not be read, so no config.json was written; give "
+            "--base-model FOLDER"
+        )
+        return None
+    apply_rope(config, resolve_rope("linear", config, context))
+    return config
+
+
+def _check_against_base(config: Any, trained: Mapping[str, Any], notes: list[str]) -> None:
+    text = config.get_text_config()
+    for name, tensor in trained.items():
+        if tensor.shape[-1] != text.hidden_size:
+            raise ValueError(
+                f"the checkpoint belongs to another base model: {name} has {tensor.shape[-1]} "
+                f"columns, the base's hidden size is {text.hidden_size}"
+            )
+        if "embed" in name and tensor.shape[0] != text.vocab_size:
+            notes.append(
+                f"its embedding has {tensor.shape[0]} rows, the base {text.vocab_size}: call "
+                f"model.resize_token_embeddings({tensor.shape[0]}) before loading the adapter"
+            )
