@@ -96,8 +96,8 @@ def test_imported_adapter_has_the_logits_of_the_original(tmp_path, original, lay
     assert not list(target.glob("*.bin"))
 
 
-def test_context_is_read_from_the_released_models_names(tmp_path, original, tiny_model_dir):
-    _, base, whole, adapter_config, *_ = original
+def test_context_is_read_from_the_released_models_names(tmp_path, original):
+    _, _, whole, adapter_config, *_ = original
     source = tmp_path / "Llama-2-7b-longlora-8k-ft"
     write_split(source, whole, adapter_config)
     assert import_checkpoint(source, tmp_path / "target").context == 8192
