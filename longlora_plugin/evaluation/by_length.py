@@ -33,7 +33,7 @@ class Measurement:
 
     Attributes:
         lengths: context lengths, tokens.
-        stride: tokens that a window moves by; None for half of each length.
+        stride: tokens that a window moves by, at most its length; None for half of each length.
         score: see `windows`.
         buckets: see `windows.bucket_edges_for`.
         batch_size: windows in a forward pass; None for a default by length.
@@ -50,7 +50,10 @@ class Measurement:
     long_ppl_model: str | None = None
 
     def stride_for(self, length: int) -> int:
-        return max(1, length // 2) if self.stride is None else self.stride
+        if self.stride is None:
+            return max(1, length // 2)
+        # A stride for the longest windows reads shorter ones without overlap.
+        return self.stride if self.stride > max(self.lengths) else min(self.stride, length)
 
 
 @dataclass(frozen=True)
