@@ -196,6 +196,16 @@ def test_prompt_fits_the_length_to_within_one_sentence(tokenizer, length, depth,
         assert tokenizer.decode(candidate).strip() not in text
 
 
+@pytest.mark.parametrize(("early", "late"), [(10, 2), (2, 10), (7, 7)])
+@pytest.mark.parametrize("length", [20, 26, 27, 119, 120, 121, 300])
+def test_as_many_sentences_as_fit_whatever_their_lengths(early, late, length):
+    def tokens_with(sentences):
+        return 20 + early * min(sentences, 10) + late * max(0, sentences - 10)
+
+    most = max(n for n in range(500) if tokens_with(n) <= length)
+    assert passkey._most_that_fit(tokens_with, length) == most
+
+
 def test_depth_places_the_needle(tokenizer):
     for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
         trial = build_trial(tokenizer, 1200, depth, 3)
