@@ -370,6 +370,15 @@ def test_default_lengths_run_from_the_original_context_to_the_target(work):
     assert [row["stride"] for row in json.loads(out.read_text())] == [32, 64, 128]
 
 
+def test_stride_above_a_short_length_reads_that_one_without_overlap(work, ids):
+    out = work / "strides.json"
+    run(work / "recipe.yml", "--data", work / "data.txt", "--lengths", "64,256", "--stride", 128,
+        "--model", "base", "--json", out)  # fmt: skip
+    rows = json.loads(out.read_text())
+    assert [row["stride"] for row in rows] == [64, 128]
+    assert [row["tokens"] for row in rows] == [ids.shape[1] - 1] * 2
+
+
 def test_two_processes_give_the_rows_of_one(work):
     common = ["eval", work / "recipe.yml", "--data", work / "data.txt", "--lengths", "64,256",
               "--batch-size", 2]  # fmt: skip
