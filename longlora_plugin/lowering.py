@@ -114,7 +114,11 @@ def problems(recipe: Mapping[str, Any], block: LongLoRAConfig, base_config: Any)
     Args:
         base_config: None where the base model's config cannot be read; what needs it is left out.
     """
-    sequence_len = int(recipe.get("sequence_len") or AXOLOTL_SEQUENCE_LEN)
+    given = recipe.get("sequence_len") or AXOLOTL_SEQUENCE_LEN
+    try:
+        sequence_len = int(given)
+    except (TypeError, ValueError):
+        return [f"sequence_len: got {given!r}; write a whole number of tokens, such as 32768"]
     checks: list[Callable[[], Any]] = []
     if block.shifted_attention:
         checks += [

@@ -60,6 +60,24 @@ class Recipe:
         )
 
 
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A recipe's keys and values, unchecked.
+
+    Raises:
+        ValueError: the file is missing, not YAML, or not a mapping.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read recipe {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is not a recipe: expected keys such as base_model, got {raw!r}")
+    return raw
+
+
 def read_recipe(path: str | Path) -> Recipe:
     """Read a recipe.
 
@@ -68,14 +86,7 @@ def read_recipe(path: str | Path) -> Recipe:
             `longlora:` block is wrong.
     """
     path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read recipe {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} is not a recipe: expected keys such as base_model, got {raw!r}")
+    raw = read_yaml(path)
     if not raw.get("base_model"):
         raise ValueError(f"{path} names no base_model; add base_model: <name or folder>")
     asked = raw.get("adapter") == "longlora" or "longlora" in raw

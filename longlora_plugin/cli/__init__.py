@@ -14,6 +14,7 @@ import click
 COMMANDS = {
     "import": "Original LongLoRA checkpoints to a PEFT adapter.",
     "longqa": "Long-document question-answer data: build it, describe it.",
+    "recipes": "Recipes to start from; check any recipe.",
     "plan": "Will a recipe fit, what will it cost; from the config alone.",
     "eval": "Perplexity by context length and position.",
     "passkey": "Retrieval of a hidden number by length and depth.",

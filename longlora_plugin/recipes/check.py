@@ -1,0 +1,375 @@
+"""Is a recipe right? Everything that can be told without weights, a GPU or, for a local base, a
+network: YAML, our block, RoPE, the group against the length, Axolotl's own schema, the modules to
+train, the layers S²-Attn covers, and memory where a GPU is named.
+
+Each room is asked on its own, so that one report holds all that is wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longlora_plugin import lowering
+from longlora_plugin.args import LongLoRAConfig, parse_block
+from longlora_plugin.plan import find_gpu, meta_model, plan_run, prepare
+from longlora_plugin.plan.setup import training_of
+from longlora_plugin.recipe import Recipe, read_yaml
+
+AXOLOTLS_DEFAULTS = "Auto-enabling"
+"""How those of its warnings begin that only say what it does by default."""
+
+PLUGIN = "longlora_plugin.LongLoRAPlugin"
+
+ASSUMED_GPU = "a100-80gb"
+"""Whose capabilities Axolotl's schema is told where no GPU is named."""
+
+COMPUTE_CAPABILITY = {
+    "v100": 70,
+    "t4": 75,
+    "a100": 80,
+    "a10g": 86,
+    "a6000": 86,
+    "rtx3090": 86,
+    "l4": 89,
+    "l40s": 89,
+    "rtx4090": 89,
+    "h100": 90,
+    "h200": 90,
+    "b200": 100,
+    "rtx5090": 120,
+    "mi300x": 94,
+}
+"""First part of a GPU's name → compute capability, as Axolotl writes it (`sm_80`)."""
+FIRST_WITH_BF16 = 80
+FIRST_WITH_FP8 = 90
+
+
+@dataclass
+class Report:
+    """What was found about one recipe.
+
+    Attributes:
+        path: the file.
+        problems: what has to be mended; the recipe is fine where there are none.
+        notes: what to know, and what could not be checked here.
+        resolved: what the recipe comes to: the adapter Axolotl gets, group size, contexts, RoPE;
+            empty where that could not be decided.
+    """
+
+    path: Path
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    resolved: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def check_recipe(
+    path: str | Path, *, gpu: str | None = None, gpus: int = 1, base_config: str | None = None
+) -> Report:
+    """Check a recipe.
+
+    Args:
+        path: its YAML file.
+        gpu: a GPU it has to fit, as `plan` knows it.
+        gpus: how many of them.
+        base_config: folder or name whose config.json stands for the base model's.
+
+    Raises:
+        ValueError: `gpu` is unknown. What is wrong with the recipe is in the report.
+    """
+    card = find_gpu(gpu) if gpu else None
+    report = Report(Path(path))
+    try:
+        raw = read_yaml(path)
+    except ValueError as error:
+        report.problems.append(str(error))
+        return report
+    report.problems += _repeated_keys(Path(path))
+
+    asks = lowering.asks_for_longlora(raw)
+    block = _block(raw, report) if asks else None
+    _check_plugin_line(raw, asks, report)
+    config = _base_config(raw, base_config, report)
+    lowered = _lowered(raw, block, config, report) if asks else dict(raw)
+    schema_is_fine = _check_schema(raw, lowered, gpu or ASSUMED_GPU, gpus, report)
+
+    recipe = Recipe(Path(path), raw, block)
+    if config is not None and (block is not None or not asks):
+        config = _with_overrides(config, lowered)
+        sound = _check_model(recipe, config, report)
+        if sound and schema_is_fine:
+            _check_memory(recipe, config, card, gpus, report)
+    _check_deepspeed(recipe, report)
+    report.problems = list(dict.fromkeys(report.problems))
+    report.notes = list(dict.fromkeys(report.notes))
+    return report
+
+
+def capabilities_of(gpu: str, gpus: int) -> dict[str, Any]:
+    """What Axolotl's schema wants to know of the machine, for GPUs called `gpu`."""
+    known = COMPUTE_CAPABILITY.get(find_gpu(gpu).name.split("-")[0], 80)
+    return {
+        "bf16": known >= FIRST_WITH_BF16,
+        "fp8": known >= FIRST_WITH_FP8,
+        "tf32": known >= FIRST_WITH_BF16,
+        "n_gpu": gpus,
+        "compute_capability": f"sm_{known}",
+    }
+
+
+def _repeated_keys(path: Path) -> list[str]:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.constructor import DuplicateKeyError
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        YAML().load(path)
+    except DuplicateKeyError as error:
+        return [f"{error.problem}, line {error.problem_mark.line + 1}: the last one wins; keep one"]
+    except YAMLError:
+        pass  # PyYAML, which Axolotl reads recipes with, took it
+    return []
+
+
+def _block(raw: Mapping[str, Any], report: Report) -> LongLoRAConfig | None:
+    """The block; where keys of it are wrong, what is left of it, so that the rest is checked too."""
+    block = raw.get("longlora")
+    try:
+        return parse_block(block)
+    except ValueError as error:
+        lines = str(error).splitlines()
+    if not isinstance(block, Mapping) or not all(line.startswith("longlora") for line in lines):
+        report.problems.append("\n".join(lines))
+        return LongLoRAConfig()
+    report.problems += lines
+    wrong = {re.split(r"\W", line.removeprefix("longlora."), maxsplit=1)[0] for line in lines}
+    left = {key: value for key, value in block.items() if key not in wrong}
+    try:
+        return parse_block(left)
+    except ValueError:  # keys that contradict each other, and were reported
+        return LongLoRAConfig()
+
+
+def _check_plugin_line(raw: Mapping[str, Any], asks: bool, report: Report) -> None:
+    plugins = raw.get("plugins") or []
+    named = any(str(name).startswith("longlora_plugin") for name in plugins)
+    if asks and not named:
+        report.problems.append(
+            f"plugins: {PLUGIN} is not among them, so Axolotl would refuse adapter: longlora and "
+            f"ignore the longlora block; write\nplugins:\n  - {PLUGIN}"
+        )
+    if named and not asks:
+        report.notes.append(
+            "the plugin is loaded but does nothing: the recipe has neither adapter: longlora nor "
+            "a longlora: block"
+        )
+
+
+def _base_config(raw: Mapping[str, Any], stand_in: str | None, report: Report) -> Any:
+    from longlora_plugin.host import base_config
+
+    if not raw.get("base_model"):
+        return None  # the schema says so
+    name = str(raw.get("base_model_config") or raw["base_model"])
+    if stand_in:
+        raw = {**raw, "base_model_config": stand_in}
+    try:
+        return base_config(raw)
+    except Exception as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if stand_in:
+            report.problems.append(f"--base-config: cannot read {stand_in}: {why}")
+        elif _is_the_recipes_fault(name, error):
+            report.problems.append(f"base_model: cannot read the config of {name}: {why}")
+        else:
+            report.notes.append(
+                f"the config of {name} could not be read here ({why}): RoPE against its context, "
+                "its attention layers and memory are not checked. Give a folder with its "
+                "config.json: --base-config FOLDER"
+            )
+    return None
+
+
+def _is_the_recipes_fault(name: str, error: BaseException) -> bool:
+    """Whether the base does not exist, rather than being out of reach."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return True
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, GatedRepoError):
+            return False
+        if isinstance(seen, RepositoryNotFoundError):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return not isinstance(error, OSError)
+
+
+def _lowered(
+    raw: dict[str, Any], block: LongLoRAConfig | None, config: Any, report: Report
+) -> dict[str, Any]:
+    """The recipe as our `register` hands it to Axolotl, as far as it can be decided."""
+    lowered = {key: value for key, value in raw.items() if key != "longlora"}
+    if raw.get("adapter") == "longlora":
+        lowered |= lowering.adapter_keys(raw)
+    if block is None:
+        return lowered
+    found = lowering.problems(raw, block, config)
+    report.problems += found
+    if config is None or found:
+        return {**lowered, "longlora": block.model_dump(exclude_none=True)}
+    try:
+        updates, warnings = lowering.lower(raw, config)
+    except ValueError as error:
+        report.problems.append(str(error))
+        return lowered
+    report.notes += warnings
+    lowered = {**raw, **updates}
+    decided = updates["longlora"]["resolved"]
+    report.resolved = {
+        "adapter": lowered.get("adapter"),
+        "group_size": decided["group_size"],
+        "original_context": decided["original_context"],
+        "target_context": decided["target_context"],
+        "rope_parameters": decided["rope_after"],
+    }
+    if block.shifted_attention and block.full_attention_below >= decided["target_context"]:
+        report.notes.append(
+            f"longlora.full_attention_below: {block.full_attention_below} covers every row of "
+            f"sequence_len: {decided['target_context']}, so shifted attention never runs"
+        )
+    if raw.get("adapter") != "longlora" and "trainable" in (raw.get("longlora") or {}):
+        report.notes.append(
+            f"longlora.trainable is not used with adapter: {raw.get('adapter')}; it is with "
+            "adapter: longlora"
+        )
+    return lowered
+
+
+def _check_schema(
+    raw: Mapping[str, Any], lowered: dict[str, Any], gpu: str, gpus: int, report: Report
+) -> bool:
+    from longlora_plugin.host import check_schema
+
+    named = [str(name) for name in raw.get("plugins") or []]
+    if "longlora" in lowered and not any(name.startswith("longlora_plugin") for name in named):
+        lowered = {**lowered, "plugins": [*named, PLUGIN]}
+    found = check_schema(lowered, capabilities_of(gpu, gpus))
+    report.problems += found.problems
+    report.notes += [text for text in found.warnings if not text.startswith(AXOLOTLS_DEFAULTS)]
+    report.notes += [f"plugins: {each}: its keys are not checked" for each in found.plugins_missing]
+    for key, near in found.unknown.items():
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        text = f"{key} is not a key of Axolotl{hint}"
+        if key == "longlora":
+            continue  # our block is wrong and was reported
+        if found.plugins_missing and not near:
+            report.notes.append(f"{text} It may be one of a plugin that is not installed here")
+        else:
+            report.problems.append(f"{text} Axolotl would ignore it in silence")
+    return not found.problems
+
+
+def _with_overrides(config: Any, lowered: Mapping[str, Any]) -> Any:
+    """The base's config with the recipe's `model_config`, as Axolotl will build the model."""
+    config = copy.deepcopy(config)
+    for section in lowering.MODEL_CONFIG_KEYS:
+        for key, value in (lowered.get(section) or {}).items():
+            setattr(config, key, value)
+    return config
+
+
+def _check_model(recipe: Recipe, config: Any, report: Report) -> bool:
+    """Ask the model, built without weights, which modules train and which layers S²-Attn covers."""
+    from longlora_plugin.attention import enable_shifted_attention
+    from longlora_plugin.hooks import find
+
+    before = len(report.problems)
+    try:
+        model = meta_model(config, trust_remote_code=recipe.raw.get("trust_remote_code") is True)
+    except Exception as error:
+        report.notes.append(f"the model cannot be built from its config here: {error}")
+        return False
+    block = recipe.block
+    if block is None:
+        return True
+    if recipe.adapter == "longlora":
+        for kind in block.trainable:
+            try:
+                select = find("longlora_trainable_modules", kind, what="kind of trainable modules")
+                names = select(model)
+            except ValueError as error:
+                report.problems.append(str(error))
+                continue
+            if not names:
+                report.notes.append(f"longlora.trainable: {kind}: this model has none")
+    if block.shifted_attention and report.resolved:
+        try:
+            handle = enable_shifted_attention(
+                model,
+                group_size=report.resolved["group_size"],
+                full_attention_below=block.full_attention_below,
+            )
+        except ValueError as error:
+            report.problems.append(str(error))
+        else:
+            report.notes += [
+                f"shifted attention leaves out {count} of the layers: {reason}"
+                for reason, count in handle.skipped.items()
+            ]
+            handle.remove()
+    return len(report.problems) == before
+
+
+def _check_memory(recipe: Recipe, config: Any, card: Any, gpus: int, report: Report) -> None:
+    run = _told(lambda: prepare(recipe, config, gpus), report)
+    if not run:
+        return
+    report.notes += run.notes
+    if card is None:
+        return
+    plan = plan_run(recipe, run, card)
+    where = f"{gpus} × {card.name} ({card.memory:g} GiB each)"
+    needed, total = plan.memory["needed"], plan.memory["total"]
+    report.resolved["memory"] = {"gpu": card.name, "gpus": gpus, "needed": needed, "total": total}
+    longest = f"the longest sequence_len that fits is {plan.largest_sequence_len:,}"
+    if not plan.fits:
+        report.problems.append(f"does not fit {where}: {needed:.1f} GiB of tensors; {longest}")
+    elif plan.tight:
+        report.notes.append(
+            f"may just fit {where}: {needed:.1f} GiB of tensors, {total:.1f} GiB as allocators "
+            f"usually fragment; with room for that, sequence_len: {plan.comfortable_sequence_len:,}"
+        )
+    else:
+        report.notes.append(f"fits {where}: {total:.1f} GiB; {longest}")
+
+
+def _told(ask: Any, report: Report) -> Any:
+    """What `ask` returns; a ValueError of it becomes a problem and an empty answer."""
+    try:
+        return ask()
+    except ValueError as error:
+        report.problems.append(str(error))
+        return ()
+
+
+def _check_deepspeed(recipe: Recipe, report: Report) -> None:
+    path = recipe.raw.get("deepspeed")
+    if not isinstance(path, str) or Path(path).is_file():
+        return
+    alone = Recipe(recipe.path, {"deepspeed": path}, None)
+    report.notes += _told(lambda: training_of(alone, 1)[1], report)
+    if (recipe.path.parent / path).is_file():
+        report.notes.append(
+            f"deepspeed: {path} stands beside the recipe, but Axolotl looks for it from the folder "
+            "it is started in"
+        )
