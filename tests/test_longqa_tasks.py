@@ -94,6 +94,16 @@ def test_what_follows_answers_with_the_next_sentence(book):
         assert between.strip() == ""
 
 
+def test_a_sentence_that_stands_twice_is_never_asked_about():
+    twice = "The bell of Pellmar rang three times."
+    text = story(7).replace("\n\nCHAPTER 2", f" {twice}\n\nCHAPTER 2")
+    repeating = material(*re.split(r"\n\n(?=CHAPTER)", f"{text} {twice}"))
+    for seed in SEEDS:
+        for pair in make_pairs(repeating, 12, random.Random(seed)):
+            assert twice not in (pair.answer, *pair.evidence)
+            assert twice not in pair.question
+
+
 def test_fill_name_leaves_out_the_name_that_is_the_answer(book):
     for seed in SEEDS:
         pair = tasks.fill_name(book, random.Random(seed))
