@@ -22,19 +22,20 @@ HERE = Path(__file__).parent
 CONTEXT, TARGET = 64, 256
 
 
-def run_axolotl(*arguments: object, check: bool = True) -> SimpleNamespace:
+def run_axolotl(*arguments: object, check: bool = True, **environment: object) -> SimpleNamespace:
     """Run the real command; `.log` is stdout and stderr together."""
     binaries = Path(sys.executable).parent
     command = [str(binaries / "axolotl"), *map(str, arguments)]
-    environment = {
+    variables = {
         **os.environ,
+        **{name: str(value) for name, value in environment.items()},
         "PYTHONPATH": str(HERE),
         "OMP_NUM_THREADS": "1",
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",  # where `accelerate` is
     }
     done = subprocess.run(
         command,
-        env=environment,
+        env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -238,3 +239,42 @@ def test_plugin_without_our_keys_changes_nothing(tmp_path, tiny_model_dir, tiny_
     with_plugin, without = results
     assert with_plugin.keys() == without.keys()
     assert all(torch.equal(with_plugin[name], without[name]) for name in without)
+
+
+def test_packed_rows_train_as_their_documents_alone(tmp_path, tiny_model_dir, tiny_text):
+    """What Axolotl's sample packing really passes, through the real command."""
+    from transformers import LlamaForCausalLM
+
+    from longlora_plugin.attention import enable_shifted_attention
+
+    data, record = tmp_path / "short.jsonl", tmp_path / "batch.pt"
+    pieces = [tiny_text[i * 150 : i * 150 + 60 + 7 * (i % 9)] for i in range(60)]
+    data.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
+    recipe = write_recipe(
+        tmp_path,
+        tiny_model_dir("plain"),
+        data,
+        plugins=["longlora_plugin.LongLoRAPlugin", "batch_recorder.BatchRecorder"],
+        sample_packing=True,
+        dataset_num_proc=1,
+        max_steps=1,
+        longlora={"group_size": 8},
+    )
+    run_axolotl("train", recipe, "--launcher", "python", BATCH_RECORD=record)
+    batch = torch.load(record, weights_only=True)
+    rows = batch["input_ids"].shape[0]
+    assert len(batch["documents"]) > 2 * rows, "the rows were not packed"
+
+    # Before the first step LoRA adds nothing, so the base with the run's RoPE is the oracle.
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    alone = LlamaForCausalLM.from_pretrained(tiny_model_dir("plain"), config=config).train()
+    enable_shifted_attention(alone, group_size=8)
+    tokens, labels = batch["input_ids"].reshape(1, -1), batch["labels"]
+    with torch.no_grad():
+        logits = torch.cat(
+            [alone(tokens[:, s : s + n]).logits for s, n in batch["documents"]], dim=1
+        ).view(rows, -1, config.vocab_size)
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )
+    torch.testing.assert_close(batch["loss"], expected, atol=1e-5, rtol=1e-5)
