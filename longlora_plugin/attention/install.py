@@ -335,13 +335,11 @@ def eligible_layers(model: torch.nn.Module) -> tuple[list[torch.nn.Module], Coun
             skipped[reason] += 1
         else:
             covered.append(module)
-    attending = {(id(layer.config), getattr(layer, "layer_idx", None)) for layer in layers}
-    configs = {
-        id(config): config for config in (getattr(m, "config", None) for m in model.modules())
-    }
-    for key, config in configs.items():
-        for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
-            if kind not in FULL_ATTENTION and (key, index) not in attending:
+    # By the list itself: some families give their layers copies of the config.
+    attending = {(_layer_types(layer), getattr(layer, "layer_idx", None)) for layer in layers}
+    for layer_types in {_layer_types(module) for module in model.modules()}:
+        for index, kind in enumerate(layer_types):
+            if kind not in FULL_ATTENTION and (layer_types, index) not in attending:
                 skipped[f"{_words(kind)} layer has no attention that could be shifted"] += 1
     return covered, skipped
 
@@ -386,8 +384,12 @@ def _why_not(module: torch.nn.Module) -> str | None:
     return f"{name} is {_words(kind)}"
 
 
+def _layer_types(module: torch.nn.Module) -> tuple[str, ...]:
+    return tuple(getattr(getattr(module, "config", None), "layer_types", None) or ())
+
+
 def _layer_kind(module: torch.nn.Module) -> str | None:
-    layer_types = getattr(module.config, "layer_types", None)
+    layer_types = _layer_types(module)
     index = getattr(module, "layer_idx", None)
     # A block that several layers share has no index of its own (Zamba2: -1).
     if not layer_types or index is None or not 0 <= index < len(layer_types):
