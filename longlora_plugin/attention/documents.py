@@ -111,6 +111,7 @@ def from_ids(
     return Documents(batch, length, intervals, real)
 
 
+@torch.compiler.disable  # reads values of tensors
 def ids_of_mask(
     mask_function: Callable[..., torch.Tensor],
     padding_mask: torch.Tensor | None,

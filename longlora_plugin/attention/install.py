@@ -155,6 +155,9 @@ class ShiftedAttention:
 
         return tuple(dense(x) for x in args), {name: dense(x) for name, x in kwargs.items()}
 
+    # Documents are Python numbers, and dynamo would compile anew for every batch's; the kernels
+    # inside gain nothing from being compiled.
+    @torch.compiler.disable
     def attend(
         self,
         module: torch.nn.Module,
