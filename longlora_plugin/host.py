@@ -27,7 +27,9 @@ __all__ = [
     "after_merge",
     "base_config",
     "check_schema",
+    "is_spare",
     "log",
+    "merges_base_stored_as",
     "save_fsdp2_adapters_with",
     "uses_deepspeed",
     "uses_fsdp",
@@ -63,7 +65,25 @@ def base_config(recipe: Mapping[str, Any]) -> Any:
         key: next((recipe[name] for name in names if recipe.get(name)), None)
         for key, names in keys.items()
     }
-    return load_model_config(DictDefault(wanted))
+    try:
+        return load_model_config(DictDefault(wanted))
+    except OSError as error:
+        raise ValueError(
+            f"base_model: cannot read the config of {recipe.get('base_model')!r}; write a folder "
+            f"that holds its config.json, or a name the Hugging Face hub has: {error}"
+        ) from None
+
+
+def is_spare(plugin: BasePlugin) -> bool:
+    """Whether Axolotl loaded this plugin twice, and this is not the first.
+
+    Axolotl 0.21 loads it by its entry point and, where the recipe's `plugins:` line spells the
+    name in another way, once more; both then get every hook.
+    """
+    from axolotl.integrations.base import PluginManager
+
+    same = [each for each in PluginManager().plugins.values() if type(each) is type(plugin)]
+    return any(each is plugin for each in same) and same[0] is not plugin
 
 
 def after_merge(finish: Callable[[Any, Path, Path], None]) -> None:
@@ -86,6 +106,15 @@ def after_merge(finish: Callable[[Any, Path, Path], None]) -> None:
 
     do_merge_lora._longlora_stock = stock  # type: ignore[attr-defined]
     merge_lora.do_merge_lora = do_merge_lora
+
+
+def merges_base_stored_as(quantization: str | None, merge_method: str | None) -> bool:
+    """Whether `axolotl merge-lora` has code for a base whose weights are stored so."""
+    if merge_method == "legacy":
+        return False
+    return quantization in ("fp8", "mxfp4") or (
+        HAS_MERGE_HOOK and quantization == "bitsandbytes 4-bit"
+    )
 
 
 def uses_deepspeed(cfg: Mapping[str, Any]) -> bool:

@@ -12,7 +12,9 @@ from longlora_plugin.host import (
     RecipeError,
     after_merge,
     base_config,
+    is_spare,
     log,
+    merges_base_stored_as,
     save_fsdp2_adapters_with,
     uses_deepspeed,
     uses_fsdp,
@@ -33,15 +35,18 @@ class LongLoRAPlugin(BasePlugin):
         self._whole_adapters: Any = None
         self._undo: list[Callable[[], None]] = []
 
-    def get_input_args(self) -> str:
-        return "longlora_plugin.args.LongLoRAArgs"
+    def get_input_args(self) -> str | None:
+        return None if is_spare(self) else "longlora_plugin.args.LongLoRAArgs"
 
     def register(self, cfg: Any) -> None:
         """Validate the recipe and lower it; nothing is loaded or written before this passes."""
-        if not asks_for_longlora(cfg):
+        if not asks_for_longlora(cfg) or is_spare(self):
             return
         try:
-            updates, warnings = lower(cfg, base_config(cfg))
+            base = base_config(cfg)
+            if cfg.get("merge_lora"):
+                _check_merge(cfg, base)
+            updates, warnings = lower(cfg, base)
         except ValueError as error:
             raise RecipeError(str(error)) from error
         cfg.update(updates)
@@ -50,7 +55,7 @@ class LongLoRAPlugin(BasePlugin):
         after_merge(_finish_merge)
 
     def pre_model_load(self, cfg: Any) -> None:
-        block = _block(cfg)
+        block = self._block(cfg)
         if block is None or block.resolved is None:
             return
         resolved = block.resolved
@@ -67,7 +72,7 @@ class LongLoRAPlugin(BasePlugin):
 
     def pre_lora_load(self, cfg: Any, model: Any) -> None:
         """Name the modules to train, now that the model says which they are."""
-        block = _block(cfg)
+        block = self._block(cfg)
         if not _trains_longlora(block):
             return
         if cfg.seed is not None:
@@ -95,7 +100,7 @@ class LongLoRAPlugin(BasePlugin):
             cfg.lora_target_modules = adapter.attention_projections(model)
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
-        block = _block(cfg)
+        block = self._block(cfg)
         if block is None or block.resolved is None:
             return
         # Axolotl 0.19 raises the maximum of the built model, which switches `dynamic` off.
@@ -172,7 +177,7 @@ class LongLoRAPlugin(BasePlugin):
         return trained
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        block = _block(cfg)
+        block = self._block(cfg)
         callbacks: list[Any] = []
         if block is not None and self._handle is not None:
             from longlora_plugin.attention.schedule import AttentionSchedule
@@ -203,7 +208,11 @@ class LongLoRAPlugin(BasePlugin):
             self._undo.pop()()
 
     def post_lora_merge(self, cfg: Any, adapter_path: str, output_path: str) -> None:
-        _finish_merge(cfg, Path(adapter_path), Path(output_path))
+        if not is_spare(self):
+            _finish_merge(cfg, Path(adapter_path), Path(output_path))
+
+    def _block(self, cfg: Any) -> LongLoRAConfig | None:
+        return None if is_spare(self) else _block(cfg)
 
 
 def _block(cfg: Any) -> LongLoRAConfig | None:
@@ -221,16 +230,39 @@ def _any_module_named(model: Any, targets: Any) -> bool:
     return any(name.rsplit(".", 1)[-1] in targets for name, _ in model.named_modules())
 
 
+def _check_merge(cfg: Any, base: Any) -> None:
+    from longlora_plugin import merge
+
+    if not cfg.adapter:
+        raise ValueError(
+            "merge-lora: this recipe has no adapter: training it writes the whole model to "
+            f"output_dir ({cfg.output_dir}), which is the result; there is nothing to merge"
+        )
+    adapter_dir = Path(cfg.lora_model_dir or cfg.output_dir or "./model-out")
+    stored = merge.quantization_method(base)
+    merge.check_not_quantized(cfg.base_model, base, merges_base_stored_as(stored, cfg.merge_method))
+    merge.check_adapter_folder(adapter_dir)
+    merge.check_base_folder(cfg.base_model)
+    merge.check_fits(adapter_dir, cfg.base_model, base)
+
+
 def _finish_merge(cfg: Any, adapter_dir: Path, merged_dir: Path) -> None:
     block = _block(cfg)
     if block is None or block.resolved is None:
         return
     from longlora_plugin import merge
 
-    if block.resolved.config_fields:
-        merge.write_config_fields(merged_dir, block.resolved.config_fields)
-        log.info("LongLoRA: merged config.json has %s", block.resolved.config_fields)
-    missing = merge.missing_full_tensors(adapter_dir, merged_dir)
-    if missing:
-        merge.write_full_tensors(merged_dir, missing)
-        log.info("LongLoRA: wrote %d trained tensors that the merge left out", len(missing))
+    try:
+        notes = merge.complete(
+            adapter_dir,
+            merged_dir,
+            merge.local_folder(cfg.base_model, cfg.revision_of_model),
+            base_config(cfg),
+            config_fields=block.resolved.config_fields,
+            original_context=block.resolved.original_context,
+            target_context=block.resolved.target_context,
+        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    for note in notes:
+        log.info("LongLoRA merge: %s", note)

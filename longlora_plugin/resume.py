@@ -59,7 +59,8 @@ def why_no_adapter(folder: Path) -> str | None:
         return "it has no adapter_config.json"
     if not any((folder / name).is_file() for name in ADAPTER_FILES):
         return f"it has no {ADAPTER_FILES[0]}"
-    return next(_unreadable(folder), None)
+    # A run's folder may hold checkpoints and a merged model too; they are not the adapter.
+    return next(_unreadable(folder, below=False), None)
 
 
 def choose_checkpoint(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -150,17 +151,18 @@ def _deepspeed_damage(folder: Path, latest: Path) -> Iterator[str]:
         yield f"DeepSpeed's {step.name} holds {optimizers} of {processes} processes' states"
 
 
-def _unreadable(folder: Path) -> Iterator[str]:
+def _unreadable(folder: Path, *, below: bool = True) -> Iterator[str]:
     from safetensors import SafetensorError, safe_open
 
-    for file in sorted(folder.rglob("*.safetensors")):
+    find = folder.rglob if below else folder.glob
+    for file in sorted(find("*.safetensors")):
         try:
             with safe_open(file, framework="numpy"):
                 pass
         except SafetensorError:
             yield f"its {file.name} is cut off or damaged"
     for pattern in ("*.pt", "*.pth", "*.bin"):
-        for file in sorted(folder.rglob(pattern)):
+        for file in sorted(find(pattern)):
             # torch.save writes a zip archive, whose directory is at its end.
             if file.name != "training_args.bin" and not zipfile.is_zipfile(file):
                 yield f"its {file.name} is cut off or damaged"
