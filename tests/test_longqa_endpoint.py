@@ -306,6 +306,19 @@ def test_answers_without_evidence_in_the_document_are_dropped_and_counted(ask, w
     assert report["pairs"] == {"train": whole[1]}
 
 
+def test_an_answer_that_does_not_fit_the_context_is_dropped_and_counted(ask, whole, tmp_path):
+    def answer(request, number):
+        first, second = good_pairs(request)
+        first["answer"] = "It goes on and on. " * 300
+        return 200, "application/json", completion(json.dumps({"pairs": [first, second]}))
+
+    with Stub(answer) as stub:
+        assert ask(stub.url, "--json", tmp_path / "r.json").exit_code == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["dropped"] == {"longer than the context": whole[1]}
+    assert report["pairs"] == {"train": whole[1]}
+
+
 def test_evidence_with_a_slip_is_kept_where_edits_are_allowed(ask, whole, tmp_path):
     pytest.importorskip("rapidfuzz")
 
