@@ -108,7 +108,11 @@ def check_recipe(
         if sound and schema_is_fine:
             _check_memory(recipe, config, card, gpus, report)
     _check_deepspeed(recipe, report)
-    report.problems = list(dict.fromkeys(report.problems))
+    # Two rooms may refuse the same value, each with its own advice: `key: got value; …`.
+    unique: dict[str, str] = {}
+    for text in report.problems:
+        unique.setdefault(text.split(";")[0], text)
+    report.problems = list(unique.values())
     report.notes = list(dict.fromkeys(report.notes))
     return report
 
