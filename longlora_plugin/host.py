@@ -28,6 +28,7 @@ __all__ = [
     "base_config",
     "check_schema",
     "is_spare",
+    "keys_for_merge",
     "log",
     "merges_base_stored_as",
     "save_fsdp2_adapters_with",
@@ -67,7 +68,7 @@ def base_config(recipe: Mapping[str, Any]) -> Any:
     }
     try:
         return load_model_config(DictDefault(wanted))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"base_model: cannot read the config of {recipe.get('base_model')!r}; write a folder "
             f"that holds its config.json, or a name the Hugging Face hub has: {error}"
@@ -115,6 +116,17 @@ def merges_base_stored_as(quantization: str | None, merge_method: str | None) ->
     return quantization in ("fp8", "mxfp4") or (
         HAS_MERGE_HOOK and quantization == "bitsandbytes 4-bit"
     )
+
+
+def keys_for_merge(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that make `axolotl merge-lora` round a 4-bit run's base as training did.
+
+    Training double-quantizes unless told otherwise; 0.19's merge then takes the key for false.
+    """
+    if HAS_MERGE_HOOK:
+        return {}
+    own = dict(recipe.get("bnb_config_kwargs") or {})
+    return {"bnb_config_kwargs": {"bnb_4bit_use_double_quant": True, **own}}
 
 
 def uses_deepspeed(cfg: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from longlora_plugin.args import LongLoRAConfig
 from longlora_plugin.host import (
@@ -13,6 +13,7 @@ from longlora_plugin.host import (
     after_merge,
     base_config,
     is_spare,
+    keys_for_merge,
     log,
     merges_base_stored_as,
     save_fsdp2_adapters_with,
@@ -46,6 +47,7 @@ class LongLoRAPlugin(BasePlugin):
             base = base_config(cfg)
             if cfg.get("merge_lora"):
                 _check_merge(cfg, base)
+                cfg.update(keys_for_merge(cfg))
             updates, warnings = lower(cfg, base)
         except ValueError as error:
             raise RecipeError(str(error)) from error
@@ -192,8 +194,12 @@ class LongLoRAPlugin(BasePlugin):
         if _trains_longlora(block) and (uses_deepspeed(cfg) or uses_fsdp(cfg)):
             from longlora_plugin.masters import WholeAdapters
 
-            start = cfg.lora_model_dir if uses_deepspeed(cfg) else None
-            self._whole_adapters = WholeAdapters(trainer.model, start_from=start)
+            deepspeed = uses_deepspeed(cfg)
+            self._whole_adapters = WholeAdapters(
+                trainer.model,
+                saved_by_peft=deepspeed,
+                start_from=cfg.lora_model_dir if deepspeed else None,
+            )
             callbacks.append(self._whole_adapters)
         return callbacks
 
@@ -220,7 +226,7 @@ def _block(cfg: Any) -> LongLoRAConfig | None:
     return None if raw is None else LongLoRAConfig(**dict(raw))
 
 
-def _trains_longlora(block: LongLoRAConfig | None) -> bool:
+def _trains_longlora(block: LongLoRAConfig | None) -> TypeGuard[LongLoRAConfig]:
     return block is not None and block.resolved is not None and block.resolved.adapter == "longlora"
 
 
