@@ -96,6 +96,12 @@ def lower(recipe: Mapping[str, Any], base_config: Any) -> tuple[dict[str, Any], 
         updates.update(_model_config(recipe, base_config, settings))
     if adapter == "longlora":
         updates.update(adapter_keys(recipe))
+        if recipe.get("loraplus_lr_ratio") and block.trainable:
+            warnings.append(
+                "loraplus_lr_ratio counts norms to its fast group (every one-dimensional tensor): "
+                f"they train at {recipe['loraplus_lr_ratio']} × learning_rate, embeddings at "
+                "learning_rate, and embedding_lr is not read"
+            )
     if adapter:
         sharded = _sharded_fsdp_checkpoints(recipe)
         if sharded:
@@ -165,12 +171,6 @@ def _check_zero3(recipe: Mapping[str, Any]) -> None:
         raise ValueError(f"deepspeed: {path} is not valid JSON: {error}") from None
     if (settings.get("zero_optimization") or {}).get("stage") != 3:
         return
-    if recipe.get("load_in_8bit") or recipe.get("load_in_4bit"):
-        bits = "load_in_4bit" if recipe.get("load_in_4bit") else "load_in_8bit"
-        raise ValueError(
-            f"{bits}: true does not work with ZeRO-3 ({path}); use ZeRO-2 "
-            "(examples/configs/deepspeed/zero2.json), FSDP2 for 4-bit, or a 16-bit base"
-        )
     if (settings.get("bf16") or {}).get("enabled") == "auto" and recipe.get("bf16"):
         raise ValueError(
             f'deepspeed: {path} has "bf16": {{"enabled": "auto"}}; under ZeRO-3 Axolotl loads the '

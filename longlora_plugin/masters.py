@@ -107,18 +107,26 @@ def read(folder: str | Path) -> dict[str, torch.Tensor]:
     return load_peft_weights(str(folder), device="cpu")
 
 
-def write(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write an adapter's tensors; an existing file is replaced only by a complete one."""
-    from safetensors.torch import save_file
+def write(folder: Path, tensors: Mapping[str, torch.Tensor], *, into: bool = False) -> None:
+    """Write an adapter's tensors; an existing file is replaced only by a complete one.
+
+    Args:
+        into: keep what else an existing file holds. PEFT saves an output head beside embeddings
+            that new tokens made longer.
+    """
+    from safetensors.torch import load_file, save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / ADAPTER_FILE
+    if into and file.is_file():
+        tensors = {**load_file(file), **tensors}
     partial = folder / f"{ADAPTER_FILE}.partial"
     save_file(dict(tensors), partial, metadata={"format": "pt"})
-    partial.replace(folder / ADAPTER_FILE)
+    partial.replace(file)
 
 
 def write_gathered(model: Any, folder: Path) -> None:
-    """Write the whole fp32 adapter and its config. All processes must call it."""
+    """Write the whole fp32 adapter and its config, anew. All processes must call it."""
     tensors = gather(model)
     if tensors:
         write(folder, tensors)
@@ -134,11 +142,17 @@ class WholeAdapters(TrainerCallback):
 
     Args:
         model: the PEFT model.
-        start_from: folder or name of an adapter that the run continues from.
+        saved_by_peft: whether checkpoints have an adapter already (DeepSpeed's, rounded to bf16)
+            or none (FSDP2's).
+        start_from: folder or name of an adapter that the run continues from, where that is to be
+            set once training begins.
     """
 
-    def __init__(self, model: Any, start_from: str | Path | None = None) -> None:
+    def __init__(
+        self, model: Any, *, saved_by_peft: bool, start_from: str | Path | None = None
+    ) -> None:
         self.model = model
+        self.saved_by_peft = saved_by_peft
         self.start_from = start_from
         self._last: dict[str, torch.Tensor] = {}
 
@@ -160,7 +174,13 @@ class WholeAdapters(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        write_gathered(self.model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not self.saved_by_peft:
+            write_gathered(self.model, folder)
+            return
+        tensors = gather(self.model)
+        if tensors:
+            write(folder, tensors, into=True)
 
     def on_train_end(
         self,
@@ -169,12 +189,13 @@ class WholeAdapters(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        self._last = gather(self.model)
+        if self.saved_by_peft:
+            self._last = gather(self.model)
 
     def finish(self, folder: Path) -> None:
         """Put the fp32 tensors into the adapter that was saved at the end; no communication."""
         if self._last:
-            write(folder, self._last)
+            write(folder, self._last, into=True)
             self._last = {}
 
 

@@ -7,6 +7,8 @@ with torchrun's environment variables, and answers with one line: the exit codes
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import signal
@@ -14,6 +16,16 @@ import socket
 import sys
 import time
 import traceback
+
+HEAVY = (
+    "axolotl.cli.train",
+    "axolotl.core.builders.causal",
+    "axolotl.train",
+    "bitsandbytes",
+    "deepspeed",
+    "peft",
+    "transformers.trainer",
+)
 
 
 def train(recipe: str, rank: int, processes: int, env: dict[str, str], log: str, port: int) -> None:
@@ -67,6 +79,9 @@ def run(recipe: str, processes: int, env: dict[str, str], log: str, timeout: flo
             for pid in set(children) - set(codes):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
+    for pid in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # data loaders that outlived their process
     return [codes[pid] for pid in children]
 
 
@@ -74,14 +89,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.argv = sys.argv[:1]
-    import axolotl.cli.train
-    import axolotl.core.builders
-    import axolotl.core.builders.causal
-    import axolotl.train
-    import bitsandbytes
-    import deepspeed
-    import peft
-    import transformers.trainer  # noqa: F401
+    for name in HEAVY:
+        importlib.import_module(name)
 
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
