@@ -27,6 +27,7 @@ from longlora_plugin.evaluation.passkey import (
     answers_by_generating,
     answers_by_likelihood,
     build_trial,
+    candidate_likelihoods,
     is_exactly,
 )
 
@@ -151,10 +152,13 @@ def test_likelihoods_equal_whole_passes_without_cache_or_padding(cached_model, t
                 logs = cached_model(ids).logits.log_softmax(-1)[0, :-1]
             picked = logs.gather(1, ids[0, 1:, None])[-len(answer) :]
             scores.append(picked.sum().item())
-        expected.append(max(scores) == scores[0])
-    assert answers_by_likelihood(cached_model, tokenizer, trials) == expected
-    assert any(expected)
-    assert not all(expected)
+        expected.append(scores)
+    found = candidate_likelihoods(cached_model, tokenizer, trials)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    right = [max(scores) == scores[0] for scores in expected]
+    assert answers_by_likelihood(cached_model, tokenizer, trials) == right
+    assert any(right)
+    assert not all(right)
 
 
 def test_generated_answers_equal_greedy_decoding_without_cache(cached_model, tokenizer):

@@ -267,11 +267,19 @@ def is_exactly(answer: str, number: str) -> bool:
     return found is not None and found.group(1) == number
 
 
-@torch.inference_mode()
 def answers_by_likelihood(
     model: Any, tokenizer: Any, trials: Sequence[Trial], device: torch.device | str = "cpu"
 ) -> list[bool]:
     """Whether each trial's number has a higher log-likelihood than all its distractors."""
+    scores_BC = candidate_likelihoods(model, tokenizer, trials, device)
+    return (scores_BC[:, :1] > scores_BC[:, 1:]).all(1).tolist()
+
+
+@torch.inference_mode()
+def candidate_likelihoods(
+    model: Any, tokenizer: Any, trials: Sequence[Trial], device: torch.device | str = "cpu"
+) -> Tensor:
+    """Log-likelihood in nats of each trial's candidates after its prompt, float32 [B, C]."""
     ids, mask = _left_padded(tokenizer, trials, device)
     places = (mask.cumsum(1) - 1).clamp_min(0)
     read = model(
@@ -305,8 +313,7 @@ def answers_by_likelihood(
             log_BA = log_BA.gather(2, answer_BA[:, 1:, None])[..., 0]
             total_B = total_B + (log_BA * real_BA[:, 1:]).sum(1)
         scores.append(total_B)
-    scores_BC = torch.stack(scores, 1)
-    return (scores_BC[:, :1] > scores_BC[:, 1:]).all(1).tolist()
+    return torch.stack(scores, 1)
 
 
 def _reusable(cache: Any, added: int) -> tuple[Any, Callable[[], None]]:
