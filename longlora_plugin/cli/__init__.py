@@ -13,6 +13,7 @@ import click
 
 COMMANDS = {
     "import": "Original LongLoRA checkpoints to a PEFT adapter.",
+    "doctor": "What this machine and these versions support, each tried; and a recipe here.",
     "longqa": "Long-document question-answer data: build it, describe it.",
     "recipes": "Recipes to start from; check any recipe.",
     "plan": "Will a recipe fit, what will it cost; from the config alone.",
