@@ -1,7 +1,8 @@
 """What the quickstart showed: `python examples/quickstart/summary.py OUT_DIR` after `make demo`.
 
 Reads the rows that `axolotl longlora eval` wrote and says, with numbers, whether the base model
-gets worse beyond its context and the extended model does not. Exits with 1 if one did not hold.
+gets worse beyond its context and the extended model does not. Buckets are averages over the same text at
+different positions. Exits with 1 if something did not hold.
 """
 
 import json
@@ -44,7 +45,7 @@ def main(out: Path) -> int:
             extended[CONTEXT] <= 1.10 * base[CONTEXT],
         ),
     ]
-    table = Table(title=f"Held-out books, context {CONTEXT} → {longest}: ratios of perplexity")
+    table = Table(title=f"Held-out text, context {CONTEXT} → {longest}: ratios of perplexity")
     table.add_column("claim")
     table.add_column("measured", justify="right")
     table.add_column("wanted", justify="right")
