@@ -680,7 +680,11 @@ def error(actual: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> f
 
 @contextmanager
 def masked_per_head(
-    model: torch.nn.Module, name: str, implementation: str, documents: list[int] | None = None
+    model: torch.nn.Module,
+    name: str,
+    implementation: str,
+    documents: list[int] | None = None,
+    only: tuple[int, ...] | None = None,
 ) -> Iterator[None]:
     """The stock model, its full-attention layers handed the oracle's mask per head."""
     family = FAMILIES[name]
@@ -700,11 +704,11 @@ def masked_per_head(
     layers = [
         module
         for module in model.modules()
-        if getattr(module, "layer_idx", None) in family.full
+        if getattr(module, "layer_idx", None) in (only or family.full)
         and type(module).__name__.endswith(("Attention", "MLA"))
         and "attention_mask" in inspect.signature(module.forward).parameters
     ]
-    assert len(layers) == family.layers, [type(layer) for layer in layers]
+    assert len(layers) == (len(only) if only else family.layers), [type(layer) for layer in layers]
     hooks = [layer.register_forward_pre_hook(hand_over, with_kwargs=True) for layer in layers]
     try:
         yield
@@ -897,6 +901,23 @@ def test_stock_layers_keep_their_mask_in_rows_shorter_than_their_window(
     actual = logits_in_float64(model, ids, attention_mask=padding)
     real = slice(0, 13 if padded else TOKENS)
     assert error(actual[:, real], expected[:, real]) < TOLERANCE
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_layer_left_in_evaluation_keeps_its_stock_mask(implementation: str, padded: bool) -> None:
+    model, ids = build("llama", implementation), tokens()
+    padding = torch.ones(1, TOKENS, dtype=torch.long)
+    if padded:
+        padding[0, 13:] = 0
+    model.model.layers[0].eval()
+    documents = [13, TOKENS - 13] if padded else [TOKENS]
+    with masked_per_head(model, "llama", implementation, documents, only=(1,)):
+        expected = logits_in_float64(model, ids, attention_mask=padding)
+    handle = enable_shifted_attention(model, group_size=GROUP)
+    actual = logits_in_float64(model, ids, attention_mask=padding)
+    assert handle.calls == 1
+    assert error(actual[:, : documents[0]], expected[:, : documents[0]]) < TOLERANCE
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -13,8 +13,8 @@ every other model run the stock functions. A covered layer is causal, attends to
 and goes through the registry. All others keep the stock path and are counted with the reason.
 
 Two kinds of forward hooks help: models note the `position_ids` they are called with, for the mask
-function is not told of them where there is a padding mask or a cache; and a layer that is not
-covered but shares a covered layer's mask gets its dense mask back.
+function is not told of them where there is a padding mask or a cache; and a layer that keeps the
+stock path but shares a covered layer's mask gets its dense mask back.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class ShiftedAttention:
         )
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Hook the model's position ids, and the masks of layers that are not covered."""
+        """Hook the model's position ids, and the masks of layers that keep the stock path."""
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 self._hooks += [
@@ -122,10 +122,9 @@ class ShiftedAttention:
                     module.register_forward_hook(self._forget_positions, always_call=True),
                 ]
         for module in attention_layers(model):
-            if _MARK not in module.__dict__:
-                self._hooks.append(
-                    module.register_forward_pre_hook(self._give_dense_mask, with_kwargs=True)
-                )
+            self._hooks.append(
+                module.register_forward_pre_hook(self._give_dense_mask, with_kwargs=True)
+            )
 
     def _note_positions(self, _: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         positions = kwargs.get("position_ids")
@@ -139,6 +138,8 @@ class ShiftedAttention:
     def _give_dense_mask(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.active and module.training and _MARK in module.__dict__:
+            return None
         given = [*args, *kwargs.values()]
         if not any(_are_document_ids(x) for x in given):
             return None
@@ -429,9 +430,8 @@ def _attention_wrapper(stock: Callable[..., Any]) -> Callable[..., Any]:
         ):
             if _are_document_ids(attention_mask):
                 raise ValueError(
-                    f"{type(module).__name__} got the documents of a shifted attention mask, but "
-                    "runs the model's own attention; call model.train() or model.eval() on the "
-                    "whole model, not on single layers"
+                    f"{type(module).__name__} runs the model's own attention, but got the mask of "
+                    "shifted attention; call handle.remove() before changing the model"
                 )
             return stock(module, query, key, value, attention_mask, *args, **kwargs)
         return handle.attend(module, query, key, value, attention_mask, *args, **kwargs)
@@ -459,7 +459,7 @@ def _mask_wrapper(stock: Callable[..., Any]) -> Callable[..., Any]:
         if positions is not None and positions.shape not in ((batch, length), (1, length)):
             positions = None
         # None means "plain causal" to these implementations, but "no mask" to the others, of which
-        # a layer that is not covered may be given it too.
+        # a layer that keeps the stock path may be given it too.
         none_is_causal = config._attn_implementation not in ("eager", "flex_attention")
         if (
             none_is_causal
