@@ -38,8 +38,9 @@ demo: install
 	axolotl merge-lora $(RECIPE)
 	python examples/quickstart/summary.py $(OUT)
 
+# Two workers for two cores; a file's tests stay together, they share what is slow to make.
 test: install
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 lint: install
 	ruff check .
@@ -48,6 +49,10 @@ lint: install
 
 bench: install
 	python benchmarks/attention.py --json outputs/bench/attention.json --plot outputs/bench/attention.png
+
+docs: install
+	$(BIN)/pip install --quiet -e ".[docs]"
+	mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) outputs
