@@ -199,10 +199,7 @@ def test_a_right_recipe_has_neither_problems_nor_notes(recipe):
         ({"attn_implementation": "sage"}, ["sage", "flash_attention_2"]),
         ({"lora_target_modules": ["w_pack"]}, ["w_pack"]),
         ({"deepspeed": "nowhere.json"}, ["nowhere.json", "does not exist"]),
-        (
-            {"load_in_4bit": True, "deepspeed": "examples/configs/deepspeed/zero3.json"},
-            ["load_in_4bit", "zero2.json"],
-        ),
+        ({"longlora": {"trainable": ["head"]}}, ["'head'", "embeddings"]),
         ({"base_model": "./nowhere"}, ["base_model", "./nowhere"]),
         ({"base_model": None}, ["base_model"]),
         ({"lora_model_dir": "./nowhere"}, ["lora_model_dir", "nowhere"]),
