@@ -386,14 +386,22 @@ def test_two_processes_give_the_rows_of_one(work):
     run(*common[1:], "--json", alone)
     together = work / "two.json"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "longlora_plugin.cli",
-         *map(str, [*common, "--json", together])],
-        env=environment, capture_output=True, text=True, timeout=180, check=False,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert process.stdout.count("Perplexity by context length") == 1
+    output = work / "processes.log"
+    with output.open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone",
+             "--nproc_per_node", "2", "-m", "longlora_plugin.cli",
+             *map(str, [*common, "--json", together])],
+            env=environment, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            code = process.wait(timeout=240)
+        finally:
+            if process.poll() is None:
+                process.terminate()  # the launcher then ends the processes it started
+                process.wait(timeout=60)
+    assert code == 0, output.read_text()[-3000:]
+    assert output.read_text().count("Perplexity by context length") == 1
     for one, two in zip(
         json.loads(alone.read_text()), json.loads(together.read_text()), strict=True
     ):
