@@ -163,9 +163,7 @@ def test_merged_folder_is_the_trained_model_and_a_second_merge_changes_nothing(
     assert config.rope_parameters["factor"] == FACTOR
     assert config.max_position_embeddings == TARGET
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-    torch.testing.assert_close(
-        logits_of(model), stock_logits(base, adapter), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(logits_of(model), stock_logits(base, adapter), atol=1e-4, rtol=1e-4)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tied == (kind == "tied")
     generation = GenerationConfig.from_pretrained(merged)
@@ -214,9 +212,7 @@ def test_second_name_of_a_tied_table_in_the_base_is_merged_too(run, material, tm
     held = load_file(merged / merge.WHOLE)
     assert torch.equal(held["lm_head.weight"], held["model.embed_tokens.weight"])
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-    torch.testing.assert_close(
-        logits_of(model), stock_logits(base, adapter), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(logits_of(model), stock_logits(base, adapter), atol=1e-4, rtol=1e-4)
 
 
 def test_qlora_is_merged_into_the_16_bit_base_as_training_saw_it(run, material):
@@ -353,7 +349,7 @@ def test_bases_of_other_quantizations_are_refused(tmp_path, run, material, metho
 
 def test_full_fine_tune_has_nothing_to_merge(run):
     recipe = run("tied", adapter=None, longlora={"rope": "linear"})
-    with pytest.raises(ValueError, match="this recipe has no adapter: .*nothing to merge"):
+    with pytest.raises(ValueError, match=r"this recipe has no adapter: .*nothing to merge"):
         merge_lora(recipe)
 
 
@@ -364,7 +360,7 @@ def test_killed_run_names_its_last_checkpoint_and_that_merges(run, tmp_path, mat
         shutil.copytree(material("tied")[1], out / f"checkpoint-{step}")
     no_adapter(out, out)
     no_adapter(out / "checkpoint-6", out)
-    with pytest.raises(ValueError, match="lora_model_dir: .*checkpoint-4"):
+    with pytest.raises(ValueError, match=r"lora_model_dir: .*checkpoint-4"):
         merge_lora(recipe)
     merged = merge_lora(recipe, lora_model_dir=str(out / "checkpoint-4"))
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
