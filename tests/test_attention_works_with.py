@@ -132,6 +132,42 @@ def enabled() -> Iterator[Callable[..., ShiftedAttention]]:
 Enable = Callable[..., ShiftedAttention]
 
 
+# --- rows of every kind --------------------------------------------------------------------------
+
+
+def alone(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Documents [1, tokens] of a batch, each without the padding or the others around it."""
+    if "position_ids" in batch:
+        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+        ends = [*starts[1:], TOKENS]
+        return [batch["input_ids"][:, a:b] for a, b in zip(starts, ends, strict=True)]
+    return [ids[m.bool()][None] for ids, m in zip(*batch.values(), strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["padded", "padded left", "packed"])
+@pytest.mark.parametrize("below", [0, 30])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_packed_or_padded_rows_train_like_their_documents_one_by_one(
+    implementation: str, below: int, kind: str, enabled: Enable
+) -> None:
+    batch = batches()[kind.removesuffix(" left")]
+    if kind == "padded left":
+        batch["attention_mask"] = batch["attention_mask"].flip(1)
+    model = tiny_llama(attn_implementation=implementation)
+    handle = enabled(model, full_attention_below=below)
+    logits = model(**batch, use_cache=False).logits
+    if "attention_mask" in batch:
+        logits = logits[batch["attention_mask"].bool()]
+    logits.square().sum().backward()
+    together = (logits.detach().reshape(-1, 97), gradients(model))
+    pieces = [model(input_ids=ids, use_cache=False).logits[0] for ids in alone(batch)]
+    torch.cat(pieces).square().sum().backward()
+    # After padding on the left positions differ, and RoPE's angles are fp32 in any model.
+    tolerance = 1e-6 if kind == "padded left" else 1e-12
+    assert_same(together, (torch.cat(pieces).detach(), gradients(model)), tolerance)
+    assert handle.calls == 2 * (1 + len(pieces))
+
+
 # --- checkpointing and offloading ----------------------------------------------------------------
 
 

@@ -138,6 +138,8 @@ class ShiftedAttention:
     def _give_dense_mask(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self not in _enabled:
+            return None  # removed, but the hooks of copied models are still there
         if self.active and module.training and _MARK in module.__dict__:
             return None
         given = [*args, *kwargs.values()]

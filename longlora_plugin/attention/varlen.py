@@ -58,8 +58,8 @@ def varlen_attention(
         takes = process.keywords["supports_mapping"]
         if not (takes["s_aux"] or takes["learnable_sink"]):
             raise ValueError(
-                f"the kernel of attn_implementation: {implementation} has no attention sinks, which "
-                "this model needs; write flash_attention_4, flex_attention or eager"
+                f"the kernel of attn_implementation: {implementation} has no attention sinks, "
+                "which this model needs; write flash_attention_4, flex_attention or eager"
             )
     head_dim, v_head_dim = q_BHND.shape[-1], v_BKND.shape[-1]
     if scale is None:
