@@ -56,5 +56,6 @@ def longlora_trainable_modules() -> dict[str, Callable[..., list[str]]]:  # type
 def longlora_recipes() -> dict[str, Path]:  # type: ignore[empty-body]
     """Recipes, for `axolotl longlora recipes`.
 
-    Name → path of a YAML file that exists. Its first comment line is what `recipes list` shows.
+    Name → path of a YAML file that exists. `recipes list` shows the first sentence of its leading
+    comment.
     """

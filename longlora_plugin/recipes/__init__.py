@@ -25,10 +25,15 @@ class Listed:
 
     @property
     def summary(self) -> str:
-        """Its first comment line."""
-        with self.path.open(encoding="utf-8") as lines:
-            first = next(lines, "")
-        return first.lstrip("# ").strip() if first.startswith("#") else ""
+        """The first sentence of its leading comment."""
+        words: list[str] = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            text = line.removeprefix("#").strip()
+            if not line.startswith("#") or not text:
+                break
+            words.append(text)
+        first, stop, _ = " ".join(words).partition(". ")
+        return first + stop.strip()
 
 
 @cache

@@ -144,7 +144,7 @@ def _repeated_keys(path: Path) -> list[str]:
 
 
 def _block(raw: Mapping[str, Any], report: Report) -> LongLoRAConfig | None:
-    """The block; where keys of it are wrong, what is left of it, so that the rest is checked too."""
+    """The block; where keys of it are wrong, what is left of it, to be checked all the same."""
     block = raw.get("longlora")
     try:
         return parse_block(block)

@@ -1,0 +1,114 @@
+"""The documentation is what the code is: generated pages, the picture, recipes and commands."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import click
+import pytest
+import yaml
+from reference import allowed
+
+from longlora_plugin.args import parse_block
+from longlora_plugin.cli import longlora
+from longlora_plugin.recipes import shipped
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+NAMES = [path.relative_to(DOCS).as_posix() for path in PAGES]
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "name", ["yaml.md", "rope-presets.md", "hooks.md", "commands.md", "recipes.md"]
+)
+def test_generated_page_is_up_to_date(generate, name):
+    page = f"reference/{name}"
+    committed = (DOCS / page).read_text(encoding="utf-8")
+    assert committed == generate.PAGES[page](), "run: python docs/generate.py"
+
+
+def test_the_picture_shows_what_the_code_does_now(generate):
+    from PIL import Image
+
+    with Image.open(generate.PICTURE) as picture:
+        assert picture.info["Description"] == generate.fingerprint(), "run: python docs/generate.py"
+        assert picture.size[0] > 1000
+
+
+def test_the_pictures_masks_are_the_definition(generate):
+    for _, documents, shift in generate.panels():
+        lengths = [size for _, size in documents]
+        expected = allowed(lengths, generate.GROUP, shifted=shift > 0).tolist()
+        assert generate.mask(documents, shift) == expected
+    assert [shift for _, _, shift in generate.panels()] == [0, 4, 0, 4]
+
+
+def test_every_page_is_in_the_navigation_once():
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    listed = re.findall(r"[\w/.-]+\.md", str(navigation))
+    assert sorted(listed) == sorted(set(NAMES))
+
+
+def code_blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.name)
+def test_yaml_in_the_docs_is_valid_and_so_is_every_longlora_block_in_it(path):
+    for block in code_blocks(path, "yaml"):
+        loaded = yaml.safe_load(block.replace("…", ""))
+        if isinstance(loaded, dict) and "longlora" in loaded:
+            parse_block(loaded["longlora"])
+    for inline in re.findall(r"`longlora: (\{[^`…]*\})`", path.read_text()):
+        parse_block(yaml.safe_load(inline))
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.name)
+def test_commands_in_the_docs_exist_with_their_options(path):
+    text = "\n".join(code_blocks(path, "bash"))
+    for line in re.sub(r"\\\n", " ", text).splitlines():
+        found = re.match(r"(?:axolotl longlora|.*-m longlora_plugin\.cli) (.*)", line)
+        if not found:
+            continue
+        words = found[1].split("#")[0].split()
+        command: click.Command = longlora
+        while isinstance(command, click.Group):
+            context = click.Context(command)
+            command = command.get_command(context, words[0])
+            assert command is not None, line
+            words = words[1:]
+        known = {name for parameter in command.params for name in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, line
+
+
+def test_recipes_named_in_the_docs_exist():
+    text = "\n".join(path.read_text() for path in [ROOT / "README.md", *PAGES])
+    started = set(re.findall(r"recipes (?:init|show) ([\w.-]+)", text)) - {"NAME", "example-groups"}
+    assert started
+    assert started <= set(shipped())
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("material", reason="needs: pip install 'longlora-plugin[docs]'")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "explanation" / "s2-attention.png").is_file()
