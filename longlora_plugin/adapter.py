@@ -144,7 +144,7 @@ def _compute_in(module: torch.nn.Module, dtype: torch.dtype) -> None:
             bias = None if module.bias is None else module.bias.to(x.dtype)
             return functional.linear(x, module.weight.to(x.dtype), bias)
 
-        module.forward = linear  # type: ignore[method-assign]
+        module.forward = linear
         return
     if not isinstance(module, torch.nn.Embedding):
         module.register_forward_pre_hook(_input_in_the_weights_dtype)

@@ -37,9 +37,13 @@ def our_log():
             lines.append(record.getMessage())
 
     keep = Keep(logging.INFO)
-    host.log.logger.addHandler(keep)
+    logger = host.log.logger
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(keep)
     yield lines
-    host.log.logger.removeHandler(keep)
+    logger.removeHandler(keep)
+    logger.setLevel(level)
 
 
 def test_plugin_loaded_under_two_names_works_once(
@@ -85,10 +89,9 @@ def test_auto_loaded_plugin_changes_no_bit_of_a_recipe_without_our_keys(
 ):
     from axolotl.integrations import base
 
-    results = []
+    stock, results = base.entry_points, []
     for name in ("with", "without"):
         if name == "without":
-            stock = base.entry_points
             monkeypatch.setattr(
                 base,
                 "entry_points",

@@ -30,7 +30,7 @@ ENV = {
     # Without it accelerate looks for GPUs to put FSDP's processes on.
     "ACCELERATE_TORCH_DEVICE": "cpu",
 }
-TIMEOUT = 240
+TIMEOUT = 600
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What the quickstart showed: `python examples/quickstart/summary.py OUT_DIR` after `make demo`.
 
 Reads the rows that `axolotl longlora eval` wrote and says, with numbers, whether the base model
-gets worse beyond its context and the extended model does not. Buckets are averages over the same text at
-different positions. Exits with 1 if something did not hold.
+gets worse beyond its context and the extended model does not. Buckets are averages over the same
+text at different positions. Exits with 1 if something did not hold.
 """
 
 import json
@@ -59,8 +59,10 @@ def main(out: Path) -> int:
     console.print(
         "\nWhat to try next:\n"
         "  put the two lines of the README into a recipe of yours\n"
-        "  axolotl longlora plan RECIPE --gpu a100-80gb --gpus 8     will it fit, what will it cost\n"
-        "  axolotl longlora passkey RECIPE --lengths 512,2048        does it find things again"
+        "  axolotl longlora plan RECIPE --gpu a100-80gb --gpus 8\n"
+        "      will it fit, what will it cost\n"
+        "  axolotl longlora passkey RECIPE --lengths 512,2048\n"
+        "      does it find things again"
     )
     return 0 if all(held for *_, held in claims) else 1
 
