@@ -30,6 +30,8 @@ def fresh_manager():
 
 @pytest.fixture
 def our_log():
+    import axolotl.cli.train  # noqa: F401  (configures logging when it is first imported)
+
     lines: list[str] = []
 
     class Keep(logging.Handler):
