@@ -42,6 +42,27 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
+# Python 3.12 with Axolotl 0.21: train, resume, merge, evaluate and load there, too.
+MATRIX_PYTHON ?= $(shell for p in $(HOME)/.pyenv/versions/3.12*/bin/python3.12 python3.12; do \
+	$$p -c 'import venv, ensurepip' 2>/dev/null && echo $$p && break; done)
+MATRIX_VENV ?= .venv-matrix
+MATRIX_TESTS := tests/test_end_to_end.py tests/test_merge.py tests/test_reach.py tests/test_versions.py
+
+test-matrix:
+	@if [ -z "$(MATRIX_PYTHON)" ]; then \
+		echo "test-matrix skipped: no Python 3.12 with venv (pyenv install 3.12, or MATRIX_PYTHON=/path/to/python3.12)"; \
+	else \
+		$(MAKE) --no-print-directory $(MATRIX_VENV)/.installed && \
+		PATH="$(abspath $(MATRIX_VENV))/bin:$$PATH" OMP_NUM_THREADS=1 \
+			$(MATRIX_VENV)/bin/python -m pytest $(MATRIX_TESTS); \
+	fi
+
+$(MATRIX_VENV)/.installed: pyproject.toml
+	$(MATRIX_PYTHON) -m venv $(MATRIX_VENV)
+	$(MATRIX_VENV)/bin/pip install --quiet --upgrade pip
+	$(MATRIX_VENV)/bin/pip install --quiet "axolotl==0.21.*" -e ".[dev]"
+	touch $@
+
 lint: install
 	ruff check .
 	ruff format --check .
@@ -55,4 +76,4 @@ docs: install
 	mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(MATRIX_VENV) outputs
