@@ -228,7 +228,10 @@ def check_schema(recipe: Mapping[str, Any], capabilities: Mapping[str, Any]) -> 
                     "capabilities": dict(capabilities),
                     "env_capabilities": environment,
                 }
-                found = [*_dataset_problems(cfg), *_all_problems(schema, data)]
+                found = list(_dataset_problems(cfg))
+                rows = cfg.get("datasets")
+                if not isinstance(rows, list) or all(isinstance(row, Mapping) for row in rows):
+                    found += _all_problems(schema, data)  # it crashes on a row that is no block
                 report.problems += found or ["Axolotl refuses this recipe"]
         finally:
             manager.plugins.clear()
@@ -239,7 +242,8 @@ def check_schema(recipe: Mapping[str, Any], capabilities: Mapping[str, Any]) -> 
 def _load_plugins(manager: Any, cfg: Any, report: SchemaReport) -> None:
     from axolotl.integrations.base import load_plugin
 
-    for name in dict.fromkeys(map(str, cfg.get("plugins") or [])):
+    names = cfg.get("plugins")
+    for name in dict.fromkeys(map(str, names if isinstance(names, list) else [])):
         try:
             plugin = load_plugin(name)
         except ModuleNotFoundError as error:
@@ -345,7 +349,11 @@ def _dataset_class(recipe: Mapping[str, Any], row: Mapping[str, Any]) -> Any:
 def _dataset_problems(recipe: Mapping[str, Any]) -> Iterator[str]:
     from pydantic import ValidationError
 
-    for index, row in enumerate(recipe.get("datasets") or []):
+    rows = recipe.get("datasets")
+    for index, row in enumerate(rows if isinstance(rows, list) else []):
+        if not isinstance(row, Mapping):
+            yield f"datasets.{index}: got {row!r}; write a block of keys such as path and type"
+            continue
         try:
             _dataset_class(recipe, row)(**dict(row))
         except ValidationError as error:
@@ -375,7 +383,7 @@ def _unknown_keys(schema: Any, recipe: Mapping[str, Any]) -> dict[str, list[str]
 def _explanations(details: list[Any]) -> Iterator[str]:
     for each in details:
         where = [str(part) for part in each["loc"]]
-        if where[0:1] == ["datasets"]:
+        if where[0:1] == ["datasets"] and len(where) > 1:
             continue  # a union of classes here; `_dataset_problems` asks the one that counts
         message = each["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         key = ".".join(where)

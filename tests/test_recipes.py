@@ -176,6 +176,9 @@ def test_a_right_recipe_has_neither_problems_nor_notes(recipe):
             {"plugins": ["longlora_plugin.LongLoRAPlugin", "nowhere.Plugin"]},
             ["there is no nowhere.Plugin"],
         ),
+        ({"plugins": "longlora_plugin.LongLoRAPlugin"}, ["plugins", "valid list"]),
+        ({"datasets": "data.jsonl"}, ["datasets", "valid list"]),
+        ({"datasets": ["data.jsonl"]}, ["datasets.0", "block of keys"]),
         ({"sequence_lenght": 8192}, ["sequence_lenght", "sequence_len"]),
         (
             {"datasets": [{"path": "x", "type": "completion", "feild": "text"}]},

@@ -162,9 +162,13 @@ def _block(raw: Mapping[str, Any], report: Report) -> LongLoRAConfig | None:
         return LongLoRAConfig()
 
 
+def _plugins(raw: Mapping[str, Any]) -> list[str]:
+    names = raw.get("plugins") or []
+    return [str(name) for name in names] if isinstance(names, list) else [str(names)]
+
+
 def _check_plugin_line(raw: Mapping[str, Any], asks: bool, report: Report) -> None:
-    plugins = raw.get("plugins") or []
-    named = any(str(name).startswith("longlora_plugin") for name in plugins)
+    named = any(name.startswith("longlora_plugin") for name in _plugins(raw))
     if asks and not named:
         report.problems.append(
             f"plugins: {PLUGIN} is not among them, so Axolotl would refuse adapter: longlora and "
@@ -187,7 +191,9 @@ def _base_config(raw: Mapping[str, Any], stand_in: str | None, report: Report) -
         raw = {**raw, "base_model_config": stand_in}
     try:
         return base_config(raw)
-    except Exception as error:
+    except Exception as told:
+        # The host says it for a run, which needs the base; here the reason under it decides.
+        error = told.__context__ if isinstance(told, ValueError) and told.__context__ else told
         why = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if stand_in:
             report.problems.append(f"--base-config: cannot read {stand_in}: {why}")
@@ -264,7 +270,7 @@ def _check_schema(
 ) -> bool:
     from longlora_plugin.host import check_schema
 
-    named = [str(name) for name in raw.get("plugins") or []]
+    named = _plugins(raw)
     if "longlora" in lowered and not any(name.startswith("longlora_plugin") for name in named):
         lowered = {**lowered, "plugins": [*named, PLUGIN]}
     found = check_schema(lowered, capabilities_of(gpu, gpus))
