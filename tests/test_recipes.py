@@ -297,7 +297,7 @@ def test_what_is_odd_but_runs_is_a_note(recipe, changes, says):
     assert any(says in note for note in report.notes), report.notes
 
 
-def test_a_base_with_no_layer_for_shifted_attention_is_a_problem(recipe, bases):
+def test_layers_that_shifted_attention_leaves_out_are_counted_in_a_note(recipe, bases):
     gemma = recipe(base_model=str(bases / "google/gemma-2-2b"), attn_implementation="eager")
     report = check_recipe(gemma)
     assert report.problems == []
