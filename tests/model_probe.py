@@ -76,7 +76,9 @@ class _Probe(TrainerCallback):
             learning_rates={
                 name: rates.get(id(p)) for name, p in model.named_parameters() if p.requires_grad
             },
-            optimizer=type(getattr(optimizer, "optimizer", optimizer)).__name__,
+            optimizer_bits=getattr(
+                getattr(getattr(optimizer, "optimizer", optimizer), "args", None), "optim_bits", 32
+            ),
         )
         if modules:
             self.found["gradient_error"] = gradient_error(model, self._batch())

@@ -34,10 +34,10 @@ FSDP2 = {
 }
 LAUNCHERS = {
     # name: recipe, tied embeddings, tolerance of a step's loss, files that show two processes
-    "zero1": ({}, False, 2e-3, "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt"),
-    "zero2": ({}, False, 2e-3, "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt"),
-    "zero3": ({}, True, 2e-3, "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt"),
-    "zero3_offload": ({}, False, 2e-3, "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt"),
+    "zero1": ({}, False, 1e-2, "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt"),
+    "zero2": ({}, False, 1e-2, "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt"),
+    "zero3": ({}, True, 1e-2, "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt"),
+    "zero3_offload": ({}, False, 1e-2, "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt"),
     "zero3-nf4": (
         {"load_in_4bit": True, "deepspeed": str(DEEPSPEED / "zero3.json")},
         False,
@@ -46,7 +46,7 @@ LAUNCHERS = {
     ),
     # FSDP2's mixed precision rounds the loss itself to bf16, whose step is 1/32 between 4 and 8.
     "fsdp2": (FSDP2, True, 1 / 32, "checkpoint-6/pytorch_model_fsdp_0/__1_0.distcp"),
-    "ddp": ({}, False, 2e-3, "checkpoint-6/rng_state_1.pth"),
+    "ddp": ({}, False, 1e-2, "checkpoint-6/rng_state_1.pth"),
 }
 
 
@@ -103,7 +103,7 @@ def test_killed_and_resumed_in_two_processes_equals_one_process(
 
     ours, theirs = resumed.losses("checkpoint-6"), reference.losses("checkpoint-6")
     assert set(ours) == set(theirs) == set(range(1, 7))
-    assert theirs[1] - theirs[6] > 5 * tolerance, "the curve is too flat to compare"
+    assert theirs[1] - theirs[6] > 20 * tolerance, "the curve is too flat to compare"
     assert max(abs(ours[step] - theirs[step]) for step in ours) <= tolerance, (ours, theirs)
     if launcher != "fsdp2":  # its four printed digits are the rounded loss
         assert killed.printed_losses[3] == pytest.approx(resumed.printed_losses[0], abs=1e-3)
