@@ -71,6 +71,14 @@ class LongLoRAConfig(BaseModel):
     original_context: int | None = Field(
         default=None, ge=1, description="Context of the base model; default: what its config says."
     )
+    held_out: str | None = Field(
+        default=None,
+        description="Text whose full-attention perplexity by position is logged while training: "
+        "a file, a folder, or a Hugging Face dataset.",
+    )
+    held_out_steps: int = Field(
+        default=100, ge=1, description="Steps between two looks at `held_out`."
+    )
     resolved: Resolved | None = Field(
         default=None, description="Written by the plugin at start-up; not for recipes."
     )

@@ -201,6 +201,20 @@ class LongLoRAPlugin(BasePlugin):
                 start_from=cfg.lora_model_dir if deepspeed else None,
             )
             callbacks.append(self._whole_adapters)
+        if block is not None and block.resolved is not None and block.held_out:
+            from longlora_plugin.evaluation.callback import watch_held_out
+
+            callbacks.append(
+                watch_held_out(
+                    block.held_out,
+                    trainer.processing_class,
+                    length=block.resolved.target_context,
+                    original_context=block.resolved.original_context,
+                    every_steps=block.held_out_steps,
+                    base_config=base_config(cfg),
+                    log=trainer.log,
+                )
+            )
         return callbacks
 
     def post_train_unload(self, cfg: Any) -> None:

@@ -79,9 +79,10 @@ def write_recipe(folder: Path, base: Path, data: Path, **overrides: object) -> P
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_model_dir, tiny_dataset):
+def trained(tmp_path_factory, tiny_model_dir, tiny_dataset, tiny_text):
     """A bf16 run at the paper's learning rate on a base with tied embeddings."""
     folder = tmp_path_factory.mktemp("trained")
+    (folder / "held_out.txt").write_text(tiny_text)
     base = tiny_model_dir("tied", tie_word_embeddings=True)
     recipe = write_recipe(
         folder,
@@ -89,7 +90,12 @@ def trained(tmp_path_factory, tiny_model_dir, tiny_dataset):
         tiny_dataset,
         plugins=["longlora_plugin.LongLoRAPlugin", "cpu_shim.CpuShim"],
         bf16=True,
-        longlora={"rope": "yarn", "full_attention_steps": 0.25},
+        longlora={
+            "rope": "yarn",
+            "full_attention_steps": 0.25,
+            "held_out": str(folder / "held_out.txt"),
+            "held_out_steps": 4,
+        },
     )
     run = run_axolotl("train", recipe, "--launcher", "python")
     return SimpleNamespace(folder=folder, base=base, recipe=recipe, out=folder / "out", log=run.log)
@@ -102,6 +108,7 @@ def test_run_logs_what_was_done(trained):
     assert "kept in torch.float32, computing in torch.bfloat16" in trained.log
     assert "shifted attention (s2): 2 layers, group size 64 of 256 tokens" in trained.log
     assert "step 6 of 8: training goes on with full attention" in trained.log
+    assert trained.log.count("long_context/perplexity'") == 2  # after 4 and 8 steps
 
 
 def test_norms_and_embeddings_moved_in_bf16(trained):

@@ -23,11 +23,16 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from longlora_plugin.evaluation.documents import read_corpus
 from longlora_plugin.evaluation.perplexity import BATCH_TOKENS, token_losses
 from longlora_plugin.evaluation.windows import bucket_edges_for
 
 LOG = logging.getLogger(__name__)
 PREFIX = "long_context/perplexity"
+WINDOWS = 8
+"""Windows of a recipe's `held_out` text that are scored each time."""
+READ_AT_MOST = 16
+"""Of a large text, so many times the windows' tokens are read to choose them from."""
 TOLERANCE = 0.1
 """How far above the base model's perplexity at its own context is too far: a share of it."""
 
@@ -55,6 +60,24 @@ def held_out_windows(documents: Sequence[Any], length: int, count: int, *, seed:
     picked = np.random.default_rng(seed).permutation(len(starts))[:count]
     rows = [documents[starts[i][0]][starts[i][1] : starts[i][1] + length] for i in sorted(picked)]
     return torch.from_numpy(np.stack([np.asarray(row, dtype=np.int64) for row in rows]))
+
+
+def watch_held_out(
+    data: str, tokenizer: Any, *, length: int, windows: int = WINDOWS, **options: Any
+) -> LongContextCallback:
+    """The callback for a recipe's `held_out` text.
+
+    Args:
+        data: see `documents.read_corpus`.
+        length: tokens a window.
+        windows: how many of them.
+        options: of `LongContextCallback`.
+
+    Raises:
+        ValueError: the text cannot be read, or no document is long enough.
+    """
+    corpus = read_corpus(data, tokenizer, max_tokens=READ_AT_MOST * length * windows)
+    return LongContextCallback(held_out_windows(corpus.documents, length, windows), **options)
 
 
 class LongContextCallback(TrainerCallback):
