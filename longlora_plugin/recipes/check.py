@@ -280,8 +280,8 @@ def _check_schema(
     for key, near in found.unknown.items():
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
         text = f"{key} is not a key of Axolotl{hint}"
-        if key == "longlora":
-            continue  # our block is wrong and was reported
+        if key == "longlora" or any(f"`{key}`" in problem for problem in found.problems):
+            continue  # was reported
         if found.plugins_missing and not near:
             report.notes.append(f"{text} It may be one of a plugin that is not installed here")
         else:
