@@ -46,16 +46,15 @@ test: install
 MATRIX_PYTHON ?= $(shell for p in $(HOME)/.pyenv/versions/3.12*/bin/python3.12 python3.12; do \
 	$$p -c 'import venv, ensurepip' 2>/dev/null && echo $$p && break; done)
 MATRIX_VENV ?= .venv-matrix
-MATRIX_TESTS := tests/test_end_to_end.py tests/test_merge.py tests/test_reach.py tests/test_versions.py
+MATRIX_TESTS := $(addprefix tests/test_,end_to_end.py resume.py merge.py reach.py versions.py)
 
-test-matrix:
-	@if [ -z "$(MATRIX_PYTHON)" ]; then \
-		echo "test-matrix skipped: no Python 3.12 with venv (pyenv install 3.12, or MATRIX_PYTHON=/path/to/python3.12)"; \
-	else \
-		$(MAKE) --no-print-directory $(MATRIX_VENV)/.installed && \
-		PATH="$(abspath $(MATRIX_VENV))/bin:$$PATH" OMP_NUM_THREADS=1 \
-			$(MATRIX_VENV)/bin/python -m pytest $(MATRIX_TESTS); \
-	fi
+test-matrix: $(if $(MATRIX_PYTHON),$(MATRIX_VENV)/.installed)
+ifeq ($(MATRIX_PYTHON),)
+	@echo "test-matrix skipped: no Python 3.12 with venv (pyenv install 3.12, or MATRIX_PYTHON=/path/to/python3.12)"
+else
+	PATH="$(abspath $(MATRIX_VENV))/bin:$$PATH" OMP_NUM_THREADS=1 \
+		$(MATRIX_VENV)/bin/python -m pytest $(MATRIX_TESTS)
+endif
 
 $(MATRIX_VENV)/.installed: pyproject.toml
 	$(MATRIX_PYTHON) -m venv $(MATRIX_VENV)
