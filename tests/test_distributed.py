@@ -34,19 +34,19 @@ FSDP2 = {
 }
 LAUNCHERS = {
     # name: recipe, tied embeddings, tolerance of a step's loss, files that show two processes
-    "zero1": ({}, False, 1e-2, "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt"),
-    "zero2": ({}, False, 1e-2, "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt"),
+    "zero1": ({}, False, 2e-3, "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt"),
+    "zero2": ({}, False, 2e-3, "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt"),
     "zero3": ({}, True, 1e-2, "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt"),
-    "zero3_offload": ({}, False, 1e-2, "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt"),
+    "zero3_offload": ({}, False, 2e-3, "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt"),
     "zero3-nf4": (
         {"load_in_4bit": True, "deepspeed": str(DEEPSPEED / "zero3.json")},
         False,
-        2e-2,
+        2e-3,
         "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt",
     ),
     # FSDP2's mixed precision rounds the loss itself to bf16, whose step is 1/32 between 4 and 8.
     "fsdp2": (FSDP2, True, 1 / 32, "checkpoint-6/pytorch_model_fsdp_0/__1_0.distcp"),
-    "ddp": ({}, False, 1e-2, "checkpoint-6/rng_state_1.pth"),
+    "ddp": ({}, False, 2e-3, "checkpoint-6/rng_state_1.pth"),
 }
 
 
