@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from axolotl.integrations import base as integrations
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.logging import get_logger
 
 __all__ = [
+    "LOADS_INSTALLED_PLUGINS",
     "BasePlugin",
     "RecipeError",
     "SchemaReport",
@@ -41,6 +43,10 @@ log = get_logger("axolotl.longlora_plugin")
 
 HAS_MERGE_HOOK = hasattr(BasePlugin, "post_lora_merge")
 """Axolotl 0.21 calls `post_lora_merge`; 0.19 calls nothing after a merge."""
+
+
+LOADS_INSTALLED_PLUGINS = hasattr(integrations, "get_builtin_plugins")
+"""Axolotl 0.21 loads plugins by their entry points; before, a recipe's `plugins:` line does."""
 
 
 class RecipeError(ValueError, click.ClickException):

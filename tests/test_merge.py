@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_end_to_end import CONTEXT, TARGET, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from longlora_plugin import merge
+from longlora_plugin import host, merge
 from longlora_plugin.adapter import (
     attention_projections,
     embedding_modules,
@@ -345,6 +345,36 @@ def test_bases_of_other_quantizations_are_refused(tmp_path, run, material, metho
     quantized_base(tmp_path, base, quant_method=method, bits=4, load_in_8bit=False)
     with pytest.raises(ValueError, match=f"is stored in {method}"):
         merge_lora(run("tied", base_model=str(base)))
+
+
+def test_base_stored_in_4_bit_is_merged_where_axolotl_can_and_refused_where_not(
+    tmp_path, run, material
+):
+    from transformers import BitsAndBytesConfig
+
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(
+        material("sharded")[0],
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        dtype=torch.float32,
+    ).save_pretrained(base)
+    AutoTokenizer.from_pretrained(material("sharded")[0]).save_pretrained(base)
+    recipe = run("sharded", base_model=str(base))
+    with pytest.raises(ValueError, match="is stored in bitsandbytes 4-bit"):
+        merge_lora(recipe, merge_method="legacy")
+    if not host.HAS_MERGE_HOOK:
+        with pytest.raises(ValueError, match="is stored in bitsandbytes 4-bit"):
+            merge_lora(recipe)
+        return
+    merged = merge_lora(recipe)
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+    expected = AutoModelForCausalLM.from_pretrained(
+        base, config=scaled(base), dtype=torch.float32, device_map="cpu"
+    )
+    expected = logits_of(PeftModel.from_pretrained(expected, tmp_path / "out"))
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    # Axolotl writes the dequantized weights in bf16.
+    torch.testing.assert_close(logits_of(model), expected, atol=0.05, rtol=0.05)
 
 
 def test_full_fine_tune_has_nothing_to_merge(run):

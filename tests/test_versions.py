@@ -74,7 +74,9 @@ def test_plugin_loaded_under_two_names_works_once(
     assert len([name for name in saved if ".lora_" not in name]) == 6
 
 
-@pytest.mark.skipif(not host.HAS_MERGE_HOOK, reason="0.19 loads plugins by the recipe's line only")
+@pytest.mark.skipif(
+    not host.LOADS_INSTALLED_PLUGINS, reason="0.19 loads plugins by the recipe's line only"
+)
 def test_recipe_needs_no_plugins_line_where_axolotl_finds_the_entry_point(
     tmp_path, tiny_model_dir, tiny_dataset, our_log
 ):
@@ -85,7 +87,9 @@ def test_recipe_needs_no_plugins_line_where_axolotl_finds_the_entry_point(
     assert any(line.startswith("LongLoRA shifted attention") for line in our_log)
 
 
-@pytest.mark.skipif(not host.HAS_MERGE_HOOK, reason="0.19 loads plugins by the recipe's line only")
+@pytest.mark.skipif(
+    not host.LOADS_INSTALLED_PLUGINS, reason="0.19 loads plugins by the recipe's line only"
+)
 def test_auto_loaded_plugin_changes_no_bit_of_a_recipe_without_our_keys(
     tmp_path, tiny_model_dir, tiny_dataset, monkeypatch, fresh_manager
 ):

@@ -168,8 +168,15 @@ def _plugins(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _check_plugin_line(raw: Mapping[str, Any], asks: bool, report: Report) -> None:
+    from longlora_plugin import host
+
     named = any(name.startswith("longlora_plugin") for name in _plugins(raw))
-    if asks and not named:
+    if asks and not named and host.LOADS_INSTALLED_PLUGINS:
+        report.notes.append(
+            f"plugins: {PLUGIN} is not among them; this Axolotl loads it all the same, 0.19 and "
+            "0.20 would not"
+        )
+    elif asks and not named:
         report.problems.append(
             f"plugins: {PLUGIN} is not among them, so Axolotl would refuse adapter: longlora and "
             f"ignore the longlora block; write\nplugins:\n  - {PLUGIN}"
