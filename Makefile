@@ -72,6 +72,7 @@ bench: install
 
 docs: install
 	$(BIN)/pip install --quiet -e ".[docs]"
+	python docs/generate.py
 	mkdocs build --strict
 
 clean:
