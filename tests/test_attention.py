@@ -21,13 +21,14 @@ from longlora_plugin.attention.layout import ends, head_runs, segments
 
 THOROUGH = settings(max_examples=250, deadline=None)
 DENSE = ("sdpa", "eager")
-# bf16 keeps 8 bits; written out, the scores themselves are rounded to them before the softmax.
+# bf16 keeps 8 bits; written out, the scores themselves are rounded to them before the softmax, and
+# a shared KV head's gradient is a sum over its query heads that is rounded at each.
 TOLERANCE = {
     ("sdpa", torch.float64): 1e-11,
     ("eager", torch.float64): 1e-11,
     ("sdpa", torch.float32): 2e-5,
     ("eager", torch.float32): 2e-5,
-    ("sdpa", torch.bfloat16): 2e-2,
+    ("sdpa", torch.bfloat16): 5e-2,
     ("eager", torch.bfloat16): 5e-2,
 }
 
