@@ -27,12 +27,15 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
 
 
-def why_not_resumable(folder: Path, *, weights_only: bool = False) -> str | None:
+def why_not_resumable(
+    folder: Path, *, weights_only: bool = False, adapter: bool = True
+) -> str | None:
     """What a checkpoint lacks; None if a run can go on from it.
 
     Args:
         folder: a `checkpoint-<step>` folder of the trainer, of DeepSpeed or of FSDP.
         weights_only: the recipe says `save_only_model: true`, so no optimizer state is expected.
+        adapter: the run trains an adapter rather than the whole model.
     """
     if not folder.is_dir():
         return "there is no such folder"
@@ -43,7 +46,7 @@ def why_not_resumable(folder: Path, *, weights_only: bool = False) -> str | None
         json.loads(state.read_text(encoding="utf-8"))
     except ValueError:
         return "its trainer_state.json is cut off"
-    if (folder / FSDP_FULL_MODEL).is_file() and (folder / "adapter_config.json").is_file():
+    if adapter and (folder / FSDP_FULL_MODEL).is_file():
         return (
             "it was written with fsdp_config: {state_dict_type: FULL_STATE_DICT}, which keeps only "
             "the first process's part of an adapter"
@@ -76,7 +79,10 @@ def choose_checkpoint(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     Raises:
         ValueError: the checkpoint or the adapter that the recipe names cannot be used.
     """
-    weights_only = bool(recipe.get("save_only_model"))
+    expected = {
+        "weights_only": bool(recipe.get("save_only_model")),
+        "adapter": bool(recipe.get("adapter")),
+    }
     output_dir = Path(recipe.get("output_dir") or "./model-out")
     named = recipe.get("resume_from_checkpoint")
     start = recipe.get("lora_model_dir")
@@ -88,10 +94,10 @@ def choose_checkpoint(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
                 "adapter_config.json and adapter_model.safetensors"
             )
     if named and isinstance(named, str | Path):
-        problem = why_not_resumable(Path(named), weights_only=weights_only)
+        problem = why_not_resumable(Path(named), **expected)
         if problem is None:
             return {}, []
-        good = _last_good(output_dir, weights_only)[0]
+        good = _last_good(output_dir, expected)[0]
         raise ValueError(
             f"resume_from_checkpoint: {named} cannot be resumed: {problem}; "
             + (
@@ -102,7 +108,7 @@ def choose_checkpoint(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
         )
     if not recipe.get("auto_resume_from_checkpoints") or not checkpoints(output_dir):
         return {}, []
-    good, skipped = _last_good(output_dir, weights_only)
+    good, skipped = _last_good(output_dir, expected)
     warnings = [f"{folder} is passed over: {problem}" for folder, problem in skipped.items()]
     if good is not None:
         return {"resume_from_checkpoint": str(good)}, warnings
@@ -110,10 +116,10 @@ def choose_checkpoint(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     return {"auto_resume_from_checkpoints": False}, warnings
 
 
-def _last_good(output_dir: Path, weights_only: bool) -> tuple[Path | None, dict[Path, str]]:
+def _last_good(output_dir: Path, expected: dict[str, bool]) -> tuple[Path | None, dict[Path, str]]:
     skipped: dict[Path, str] = {}
     for folder in reversed(checkpoints(output_dir)):
-        problem = why_not_resumable(folder, weights_only=weights_only)
+        problem = why_not_resumable(folder, **expected)
         if problem is None:
             return folder, skipped
         skipped[folder] = problem

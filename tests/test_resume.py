@@ -145,6 +145,7 @@ def test_an_fsdp_checkpoint_of_the_kind_that_loses_shards_is_refused(run_folder)
     folder = run_folder / "checkpoint-6"
     torch.save({}, folder / "pytorch_model_fsdp.bin")
     assert "FULL_STATE_DICT" in str(why_not_resumable(folder))
+    assert why_not_resumable(folder, adapter=False) is None
 
 
 @pytest.mark.parametrize(
