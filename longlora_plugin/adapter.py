@@ -66,7 +66,7 @@ def embeddings_are_tied(model: Any) -> bool:
 
 def attention_projections(model: torch.nn.Module) -> list[str]:
     """Names of the linear layers of the model's attention, for families without q_proj … o_proj."""
-    from longlora_plugin.attention.install import attention_layers
+    from longlora_plugin.attention.eligibility import attention_layers
 
     return sorted(
         {

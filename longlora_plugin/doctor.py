@@ -456,7 +456,7 @@ def _attention_findings(
     raw: Mapping[str, Any], block: Any, resolved: Mapping[str, Any], model: Any
 ) -> Iterator[Finding]:
     from longlora_plugin import lowering
-    from longlora_plugin.attention.install import eligible_layers
+    from longlora_plugin.attention.eligibility import eligible_layers
 
     implementation = lowering.attention_implementation(raw)
     if not resolved["group_size"]:

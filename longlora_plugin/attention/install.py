@@ -33,15 +33,16 @@ from transformers.masking_utils import causal_mask_function as plain_causal
 
 from longlora_plugin.attention import documents as docs
 from longlora_plugin.attention.backends import backend_for, check_group_size
+from longlora_plugin.attention.eligibility import (
+    REGISTRY_NAME,
+    attention_layers,
+    eligible_layers,
+    limits_attention,
+)
 from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
 
-REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"
 _MARK = "_longlora_shifted_attention"
 """Attribute of a covered attention module: its `ShiftedAttention`."""
-
-FULL_ATTENTION = frozenset({"full_attention", "attention", "hybrid"})
-"""Kinds in a config's `layer_types` that attend to the whole document; `hybrid` layers do so beside
-a recurrence."""
 
 _enabled: list[ShiftedAttention] = []
 
@@ -326,89 +327,6 @@ def enable_shifted_attention(
     return handle
 
 
-def eligible_layers(model: torch.nn.Module) -> tuple[list[torch.nn.Module], Counter[str]]:
-    """Attention modules that S² may cover, and the reasons why others are not, counted.
-
-    Layers without attention (linear attention, convolutions) are counted too, where the config
-    lists them in `layer_types`.
-    """
-    covered: list[torch.nn.Module] = []
-    skipped: Counter[str] = Counter()
-    layers = attention_layers(model)
-    for module in layers:
-        reason = _why_not(module)
-        if reason:
-            skipped[reason] += 1
-        else:
-            covered.append(module)
-    # By the list itself: some families give their layers copies of the config.
-    attending = {(_layer_types(layer), getattr(layer, "layer_idx", None)) for layer in layers}
-    for layer_types in {_layer_types(module) for module in model.modules()}:
-        for index, kind in enumerate(layer_types):
-            if kind not in FULL_ATTENTION and (layer_types, index) not in attending:
-                skipped[f"{_words(kind)} layer has no attention that could be shifted"] += 1
-    return covered, skipped
-
-
-def attention_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """All attention modules of a transformers model, of whatever kind."""
-    return [
-        module
-        for module in model.modules()
-        if hasattr(module, "config")
-        and (
-            hasattr(module, "is_causal")
-            or (hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention"))
-        )
-    ]
-
-
-def _words(kind: str) -> str:
-    return kind.replace("_", " ")
-
-
-def _why_not(module: torch.nn.Module) -> str | None:
-    name, config = type(module).__name__, module.config
-    code = inspect.unwrap(type(module).forward).__code__
-    if REGISTRY_NAME not in code.co_names:
-        return f"{name} does not go through transformers' attention interface"
-    if any(isinstance(const, tuple) and "position_bias" in const for const in code.co_consts):
-        return f"{name} adds a position bias to its scores"
-    if getattr(module, "is_causal", None) is not True:
-        return f"{name} is not causal"
-    if getattr(module, "is_cross_attention", False):
-        return f"{name} is cross-attention"
-    window = getattr(module, "sliding_window", None)
-    kind = _layer_kind(module)
-    if kind in FULL_ATTENTION:
-        return None
-    if kind is None or "sliding" in kind:
-        window = window or getattr(config, "sliding_window", None)
-        if _limits(window, config):
-            return f"{name} has a sliding window of {window} tokens"
-        return None
-    return f"{name} is {_words(kind)}"
-
-
-def _layer_types(module: torch.nn.Module) -> tuple[str, ...]:
-    return tuple(getattr(getattr(module, "config", None), "layer_types", None) or ())
-
-
-def _layer_kind(module: torch.nn.Module) -> str | None:
-    layer_types = _layer_types(module)
-    index = getattr(module, "layer_idx", None)
-    # A block that several layers share has no index of its own (Zamba2: -1).
-    if not layer_types or index is None or not 0 <= index < len(layer_types):
-        return None
-    return layer_types[index]
-
-
-def _limits(window: int | None, config: Any) -> bool:
-    """Whether a window is narrower than the longest sequence of the model."""
-    longest = getattr(config, "max_position_embeddings", None)
-    return bool(window) and (longest is None or window < longest)
-
-
 # --- the registries -------------------------------------------------------------------------
 
 
@@ -451,7 +369,7 @@ def _mask_wrapper(stock: Callable[..., Any]) -> Callable[..., Any]:
             or handle is None
             or kwargs["q_length"] != kwargs["kv_length"]
             or kwargs.get("use_vmap")
-            or _limits(kwargs.get("local_size"), config)
+            or limits_attention(kwargs.get("local_size"), config)
         ):
             return stock(*args, **kwargs)
         batch, length = kwargs["batch_size"], kwargs["q_length"]
