@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_model_stays_enabled():
+    """Models that a file's tests left with shifted attention must not reach the next file."""
+    yield
+    install = sys.modules.get("longlora_plugin.attention.install")
+    for handle in list(install._enabled) if install else ():
+        handle.remove()
 
 
 @pytest.fixture(scope="session")

@@ -650,7 +650,8 @@ def test_each_zero_stage_holds_no_more_than_the_one_before(
     for stage in (0, 1, 2, 3):
         values = {**vars(run), "engine": "deepspeed", "zero_stage": stage}
         plan = memory(plain_shape(), counts, Training(**values))
-        held.append(plan.total - plan.buffers)
+        # In whole bytes: the parts are floats, whose sums differ in the last bit.
+        held.append(round(plan.total - plan.buffers))
     assert held == sorted(held, reverse=True)
 
 
