@@ -21,14 +21,13 @@ from longlora_plugin.attention.layout import ends, head_runs, segments
 
 THOROUGH = settings(max_examples=250, deadline=None)
 DENSE = ("sdpa", "eager")
-# bf16 keeps 8 bits; written out, the scores themselves are rounded to them before the softmax, and
-# a shared KV head's gradient is a sum over its query heads that is rounded at each.
+# bf16 keeps 8 bits; written out, the scores themselves are rounded to them before the softmax.
 TOLERANCE = {
     ("sdpa", torch.float64): 1e-11,
     ("eager", torch.float64): 1e-11,
     ("sdpa", torch.float32): 2e-5,
     ("eager", torch.float32): 2e-5,
-    ("sdpa", torch.bfloat16): 5e-2,
+    ("sdpa", torch.bfloat16): 2e-2,
     ("eager", torch.bfloat16): 5e-2,
 }
 
@@ -153,8 +152,11 @@ def assert_equals_definition(case: Case, backend: str) -> None:
     towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(case.dtype)
     gradients = torch.autograd.grad(out, inputs, towards)
     expected_gradients = torch.autograd.grad(expected, doubles, towards.double())
-    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-        assert_near(gradient, wanted, tolerance)
+    # The gradient of a shared KV head is a sum over its query heads, in bf16 rounded at each.
+    shared = (case.heads // case.kv_heads) ** 0.5 if case.dtype == torch.bfloat16 else 1.0
+    bounds = (tolerance, tolerance * shared, tolerance * shared)
+    for gradient, wanted, bound in zip(gradients, expected_gradients, bounds, strict=True):
+        assert_near(gradient, wanted, bound)
     for x, before in zip(inputs, kept, strict=True):
         assert torch.equal(x.detach(), before), "an input was written to"
 
