@@ -1,0 +1,208 @@
+"""What the paper and its critics say, and what the study's rows say to it.
+
+A claim compares two rows, seed by seed, so that what both owe to the seed cancels out. `A > B` in
+perplexity *held* where every seed has it and the mean difference is at least `VISIBLE`; it *did not
+hold* where every seed has the contrary by as much; between the two it *cannot be seen* at this
+size. "About equal" held where the mean difference is below `EQUAL`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from plan import Row
+from results import Measured, Results, at, evaluated_sparse, perplexity
+
+VISIBLE = 0.5
+"""Percent of perplexity that a difference must reach to be called one."""
+
+EQUAL = 1.0
+"""Percent of perplexity within which two rows are about equal."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of the page: what is claimed, the paper's figures, those here, and what follows."""
+
+    claim: str
+    paper: str
+    here: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher a figure of row A is than of row B, in percent of B's, seed by seed."""
+
+    of_seed: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.of_seed)
+
+    def text(self) -> str:
+        seeds = len(self.of_seed)
+        if seeds == 1:
+            return f"{self.mean:+.1f} % (one seed)"
+        low, high = min(self.of_seed), max(self.of_seed)
+        return f"{self.mean:+.1f} % ({low:+.1f} to {high:+.1f}, {seeds} seeds)"
+
+    def higher(self) -> str:
+        """The verdict on "A is higher"."""
+        if self.mean >= VISIBLE and min(self.of_seed) > 0:
+            return "held"
+        if self.mean <= -VISIBLE and max(self.of_seed) < 0:
+            return "did not hold"
+        return "cannot be seen"
+
+    def equal(self) -> str:
+        """The verdict on "A is about as B", or lower."""
+        return "held" if self.mean < EQUAL else "did not hold"
+
+
+def difference(
+    results: Results,
+    high: Row,
+    low: Row,
+    figure: Callable[[Measured], float],
+    other: Callable[[Measured], float] | None = None,
+) -> Difference | None:
+    """Of the seeds that both rows have; `other` is the figure of `low` where it is another."""
+    a, b = results.of(high), results.of(low)
+    seeds = sorted(set(a) & set(b))
+    if not seeds:
+        return None
+    return Difference(tuple(100 * (figure(a[s]) / (other or figure)(b[s]) - 1) for s in seeds))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`high` has the higher figure than `low`, or, with `equal`, is about as high.
+
+    `high` and `low` are (question, label) of rows in `plan.py`.
+    """
+
+    claim: str
+    paper: str
+    high: tuple[str, str]
+    low: tuple[str, str]
+    figure: Callable[[Measured], float]
+    other: Callable[[Measured], float] | None = None
+    equal: bool = False
+
+    def judge(self, results: Results) -> Verdict:
+        found = difference(
+            results,
+            results.row(*self.high),
+            results.row(*self.low),
+            self.figure,
+            self.other,
+        )
+        if found is None:
+            return Verdict(self.claim, self.paper, "not run", "not run")
+        verdict = found.equal() if self.equal else found.higher()
+        return Verdict(self.claim, self.paper, found.text(), verdict)
+
+
+FULL, S2, GROUPS = (
+    ("attention", "full attention"),
+    ("attention", "S²"),
+    ("attention", "groups, no shift"),
+)
+TENTH = ("remedy-linear", "S², last 10% full")
+BOTH = ("methods", "LongLoRA (both)")
+
+CLAIMS = (
+    Claim(
+        "S² trains as well as full attention: perplexity over the whole length",
+        "8.04 against 8.02 at 8k, +0.2 %; 8.08 against 8.04 at 32k (Table 1)",
+        S2,
+        FULL,
+        perplexity,
+        equal=True,
+    ),
+    Claim(
+        "… and in the last half of the length, which the paper does not show",
+        "–",
+        S2,
+        FULL,
+        at("last"),
+        equal=True,
+    ),
+    Claim(
+        "Groups without shift are worse than S²",
+        "9.47 against 8.08 at 32k, +17 % (Table 1)",
+        GROUPS,
+        S2,
+        perplexity,
+    ),
+    Claim(
+        "LoRA alone is worse than LongLoRA",
+        "11.44 against 8.12, +41 % (Table 2)",
+        ("methods", "LoRA r=8"),
+        BOTH,
+        perplexity,
+    ),
+    Claim(
+        "A higher rank does not close the gap: r=128 against r=8",
+        "r=256 11.98 against r=8 11.44, +5 % (Table 2)",
+        ("methods", "LoRA r=128"),
+        ("methods", "LoRA r=8"),
+        perplexity,
+        equal=True,
+    ),
+    Claim(
+        "LoRA with norms is better than LoRA",
+        "LoRA 11.44 against 10.49, +9 % (Table 2)",
+        ("methods", "LoRA r=8"),
+        ("methods", "LoRA r=8 + norm"),
+        perplexity,
+    ),
+    Claim(
+        "LoRA with embeddings is better than LoRA",
+        "LoRA 11.44 against 8.29, +38 % (Table 2)",
+        ("methods", "LoRA r=8"),
+        ("methods", "LoRA r=8 + embed"),
+        perplexity,
+    ),
+    Claim(
+        "Norms add to embeddings",
+        "+ embed 8.29 against both 8.12, +2 % (Table 2)",
+        ("methods", "LoRA r=8 + embed"),
+        BOTH,
+        perplexity,
+    ),
+    Claim(
+        "LongLoRA is as good as full fine-tuning",
+        "8.12 against 8.08, +0.5 % (Table 2)",
+        BOTH,
+        ("methods", "full fine-tune"),
+        perplexity,
+        equal=True,
+    ),
+    Claim(
+        "A model trained with S² is worse evaluated with S² than with full attention",
+        "8.64 against 8.12, +6 % (Table 6)",
+        S2,
+        S2,
+        evaluated_sparse,
+        other=perplexity,
+    ),
+    Claim(
+        "Smaller groups are worse: 1/8 of the length against 1/4",
+        "8.16 against 8.04, +1.5 % (Table 7)",
+        ("groups", "1/8"),
+        ("groups", "1/4"),
+        perplexity,
+    ),
+    Claim(
+        "Larger groups are no better than 1/4: 1/4 against 1/2",
+        "8.04 against 8.04 (Table 7)",
+        ("groups", "1/4"),
+        ("groups", "1/2"),
+        perplexity,
+        equal=True,
+    ),
+)

@@ -1,0 +1,30 @@
+"""What a run's attention costs, counted: query-key pairs as a share of full causal attention's."""
+
+from __future__ import annotations
+
+from settings import Settings
+from sinks import allowed
+
+HEADS, LAYERS = 8, 4
+
+
+def sparse_share(settings: Settings) -> float:
+    """Pairs of one sparse layer over those of a full one."""
+    if settings.attention == "full":
+        return 1.0
+    group, length = settings.group, settings.target
+    if settings.attention == "groups":
+        whole, rest = divmod(length, group)
+        pairs = whole * group * (group + 1) // 2 + rest * (rest + 1) // 2
+        return pairs / (length * (length + 1) // 2)
+    seen = allowed(HEADS, length, group, settings.sinks if settings.attention == "sinks" else 0)
+    return float(seen.sum()) / (HEADS * length * (length + 1) / 2)
+
+
+def attention_cost(settings: Settings, full_steps: int) -> float:
+    """Mean over the run's steps and layers; `full_steps` of them use full attention."""
+    sparse = sparse_share(settings)
+    full_layers = len(settings.full_layers) / LAYERS
+    of_sparse_step = full_layers + (1 - full_layers) * sparse
+    full = full_steps / settings.steps
+    return full + (1 - full) * of_sparse_step

@@ -1,0 +1,188 @@
+"""Which runs the study consists of, in the order of their worth: the questions, then their rows.
+
+A run that answers two questions is made once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from settings import Settings
+
+SEEDS = (0, 1, 2)
+
+MAIN = Settings(finish=0.1)
+PAPER = Settings(rope="linear")
+RETRIEVAL = Settings(task="retrieval")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: one setting, run with each seed."""
+
+    label: str
+    settings: Settings
+    seeds: tuple[int, ...] = SEEDS
+
+    def runs(self) -> list[Settings]:
+        return [replace(self.settings, seed=seed) for seed in self.seeds]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A table of the study."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    note: str = ""
+
+
+def finishing(base: Settings, seeds_of_shares: dict[float, tuple[int, ...]]) -> tuple[Row, ...]:
+    return tuple(
+        Row(f"S², last {share:.0%} full", replace(base, finish=share), seeds)
+        for share, seeds in seeds_of_shares.items()
+    )
+
+
+def attention(base: Settings) -> tuple[Row, ...]:
+    return (
+        Row("full attention", replace(base, attention="full")),
+        Row("groups, no shift", replace(base, attention="groups")),
+        Row("S²", base),
+    )
+
+
+def methods(base: Settings) -> tuple[Row, ...]:
+    return (
+        Row("full fine-tune", replace(base, method="full")),
+        Row("LoRA r=8", replace(base, method="lora")),
+        Row("LoRA r=32", replace(base, method="lora", rank=32)),
+        Row("LoRA r=128", replace(base, method="lora", rank=128)),
+        Row("LoRA r=8 + norm", replace(base, method="lora+norm")),
+        Row("LoRA r=8 + embed", replace(base, method="lora+embed")),
+        Row("LongLoRA (both)", base),
+    )
+
+
+ONE = (0,)
+SHARES = {0.02: ONE, 0.05: ONE, 0.1: SEEDS, 0.25: ONE}
+RETRIEVAL_SHARES = {0.02: ONE, 0.05: ONE, 0.1: SEEDS, 0.25: SEEDS}
+
+QUESTIONS = (
+    Question(
+        "remedy-yarn",
+        "Finishing with full attention, YaRN",
+        (
+            Row("full attention", Settings(attention="full")),
+            Row("S²", Settings()),
+            *finishing(Settings(), SHARES),
+        ),
+    ),
+    Question(
+        "attention",
+        "Attention while training (Table 1), linear RoPE",
+        attention(PAPER),
+    ),
+    Question(
+        "methods", "What is trained (Table 2), linear RoPE", methods(replace(PAPER, finish=0.1))
+    ),
+    Question(
+        "retrieval",
+        "Retrieval over the distance",
+        (
+            Row("full attention", replace(RETRIEVAL, attention="full")),
+            Row("S²", RETRIEVAL),
+            *finishing(RETRIEVAL, RETRIEVAL_SHARES),
+            Row("S², random 10% full", replace(RETRIEVAL, random_full=0.1), ONE),
+            Row("S², random 25% full", replace(RETRIEVAL, random_full=0.25), ONE),
+            Row("S², first layer full", replace(RETRIEVAL, full_layers=(0,)), ONE),
+            Row("S², third layer full", replace(RETRIEVAL, full_layers=(2,)), ONE),
+            Row("S², groups of 896", replace(RETRIEVAL, group=896), ONE),
+            Row(
+                "S² with 256 sink tokens",
+                replace(RETRIEVAL, attention="sinks", sinks=256),
+                ONE,
+            ),
+        ),
+    ),
+    Question(
+        "remedy-linear",
+        "Finishing with full attention, linear RoPE",
+        (
+            Row("full attention", replace(PAPER, attention="full")),
+            Row("S²", PAPER),
+            *finishing(PAPER, SHARES),
+        ),
+    ),
+    Question(
+        "groups",
+        "Group size as a share of the length (Table 7), linear RoPE",
+        (
+            Row("1/2", replace(PAPER, group=1024), ONE),
+            Row("1/4", PAPER),
+            Row("1/6", replace(PAPER, group=342), ONE),
+            Row("1/8", replace(PAPER, group=256), ONE),
+        ),
+    ),
+    Question(
+        "steps",
+        "Number of steps (Figure 5), linear RoPE",
+        tuple(
+            Row(
+                label,
+                replace(PAPER, attention=kind, steps=200, watch=(0, 10, 25, 50, 100, 150)),
+                ONE,
+            )
+            for label, kind in (("full attention", "full"), ("S²", "s2"))
+        ),
+    ),
+    Question(
+        "presets",
+        "RoPE presets, S², last 10 % full",
+        (
+            Row("linear", replace(MAIN, rope="linear")),
+            Row("yarn", MAIN),
+            Row("ntk", replace(MAIN, rope="ntk"), ONE),
+            Row("llama3", replace(MAIN, rope="llama3"), ONE),
+            Row("theta 500000", replace(MAIN, rope="theta", theta=5e5), ONE),
+            Row("dynamic", replace(MAIN, rope="dynamic"), ONE),
+            Row("none", replace(MAIN, rope="none"), ONE),
+        ),
+    ),
+    Question(
+        "four-times",
+        "Extending ×4, YaRN",
+        (
+            Row("full attention", Settings(attention="full", target=1024, group=256), ONE),
+            Row("S²", Settings(target=1024, group=256), ONE),
+            *finishing(Settings(target=1024, group=256), {0.1: ONE}),
+        ),
+    ),
+    Question(
+        "rates",
+        "Is it the learning rate? linear RoPE, last 10 % full",
+        (
+            Row(
+                "full fine-tune, 3e-4",
+                replace(PAPER, finish=0.1, method="full", learning_rate=3e-4),
+                ONE,
+            ),
+            Row(
+                "LoRA r=8, 3e-3", replace(PAPER, finish=0.1, method="lora", learning_rate=3e-3), ONE
+            ),
+            Row("LongLoRA, 3e-3", replace(PAPER, finish=0.1, learning_rate=3e-3), ONE),
+        ),
+    ),
+)
+
+
+def runs(questions: tuple[Question, ...] = QUESTIONS) -> list[Settings]:
+    """Every run once: each question's first seeds before any second seed."""
+    wanted: dict[Settings, None] = {}
+    for seed in SEEDS:
+        for question in questions:
+            for row in question.rows:
+                if seed in row.seeds:
+                    wanted[replace(row.settings, seed=seed)] = None
+    return list(wanted)

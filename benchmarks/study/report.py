@@ -1,0 +1,185 @@
+"""The study's tables, plots and page from its rows; measures nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import results as figures
+from claims import CLAIMS, Verdict
+from plan import QUESTIONS, Question, Row
+from results import Results, Value
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text: a header and as many cells in each line."""
+
+    header: tuple[str, ...]
+    lines: list[tuple[str, ...]]
+
+    def markdown(self) -> str:
+        rule = ["---", *["--:"] * (len(self.header) - 1)]
+        rows = [self.header, tuple(rule), *self.lines]
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+Column = tuple[str, Callable[[Results, Row], Value | None], int]
+"""Header, figure, digits."""
+
+
+def _measured(figure: Callable[[figures.Measured], float]) -> Callable[..., Value | None]:
+    return lambda results, row: results.value(row, figure)
+
+
+def columns_of(question: Question) -> list[Column]:
+    """What a question's table shows beside the label and the number of seeds."""
+    target = question.rows[0].settings.target
+    columns: list[Column] = [
+        ("perplexity", _measured(figures.perplexity), 2),
+        ("at 0–256", _measured(figures.at("first")), 2),
+        (f"at {target // 2}–{target}", _measured(figures.at("last")), 2),
+    ]
+    if question.name == "retrieval":
+        columns += [
+            (f"digits found, {n} tokens, %", _measured(figures.retrieved(n)), 0)
+            for n in (256, 512, 1024, 2048)
+        ]
+    if question.name in ("attention", "groups"):
+        columns.append(("evaluated sparse", _measured(figures.evaluated_sparse), 2))
+    if question.name == "methods":
+        columns.append(("trainable, k", _measured(lambda m: m["trainable_parameters"] / 1e3), 0))
+    else:
+        columns.append(("attention's cost, %", _cost, 0))
+    columns.append(("s/step", _measured(figures.seconds_a_step), 2))
+    columns.append(("tokens/s", _measured(figures.tokens_a_second), 0))
+    return columns
+
+
+def _cost(results: Results, row: Row) -> Value | None:
+    return Value({seed: 100 * figures.cost(row.settings) for seed in row.seeds[:1]})
+
+
+def table_of(question: Question, results: Results) -> Table:
+    columns = columns_of(question)
+    lines = []
+    for row in question.rows:
+        if not results.of(row):
+            continue
+        cells = [row.label, str(len(results.of(row)))]
+        for _, figure, digits in columns:
+            try:
+                value = figure(results, row)
+            except KeyError:  # full attention has no sparse evaluation
+                value = None
+            cells.append(value.text(digits) if value else "–")
+        lines.append(tuple(cells))
+    return Table(("", "seeds", *[name for name, _, _ in columns]), lines)
+
+
+def verdicts(results: Results) -> list[Verdict]:
+    return [claim.judge(results) for claim in CLAIMS]
+
+
+# --- plots -----------------------------------------------------------------------------------
+
+
+def plot(question: Question, results: Results, path: Path) -> bool:
+    """The question's picture; False where nothing of it was run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in question.rows if results.of(row)]
+    if not rows:
+        return False
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    draw = {"retrieval": _draw_lengths, "steps": _draw_steps}.get(question.name, _draw_positions)
+    draw(axes, rows, results)
+    axes.set_title(question.title)
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def _draw_positions(axes: Any, rows: Sequence[Row], results: Results) -> None:
+    for row in rows:
+        buckets = list(next(iter(results.of(row).values()))["by_position"])
+        values = [results.value(row, figures.at(bucket)) for bucket in buckets]
+        _draw_line(axes, row.label, buckets, values)
+    axes.set_xlabel("position, tokens")
+    axes.set_ylabel("perplexity on held-out books")
+
+
+def _draw_lengths(axes: Any, rows: Sequence[Row], results: Results) -> None:
+    lengths = (256, 512, 1024, 2048)
+    for row in rows:
+        values = [results.value(row, figures.retrieved(length)) for length in lengths]
+        _draw_line(axes, row.label, [str(length) for length in lengths], values)
+    axes.axhline(10, color="grey", linestyle=":", label="by luck")
+    axes.set_xlabel("length of the window, tokens")
+    axes.set_ylabel("digits of the passkey found, %")
+
+
+def _draw_steps(axes: Any, rows: Sequence[Row], results: Results) -> None:
+    for row in rows:
+        watched = next(iter(results.of(row).values()))["watched"]
+        steps = [int(step) for step in watched]
+        axes.plot(steps, [seen["perplexity"] for seen in watched.values()], "o-", label=row.label)
+    axes.set_yscale("log")
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("perplexity on held-out books")
+
+
+def _draw_line(axes: Any, label: str, ticks: list[str], values: list[Value]) -> None:
+    line = axes.plot(ticks, [value.mean for value in values], "o-", label=label, markersize=4)
+    low, high = [value.low for value in values], [value.high for value in values]
+    axes.fill_between(ticks, low, high, alpha=0.2, color=line[0].get_color(), linewidth=0)
+
+
+# --- the page --------------------------------------------------------------------------------
+
+
+def write_page(results: Results, folder: Path, introduction: str) -> Path:
+    """`study.md` and a PNG for each question, in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [introduction.strip(), "## Claim by claim", _claims_table(results).markdown()]
+    for question in QUESTIONS:
+        table = table_of(question, results)
+        if not table.lines:
+            continue
+        image = f"study-{question.name}.png"
+        plot(question, results, folder / image)
+        parts += [f"## {question.title}", table.markdown(), f"![{question.title}]({image})"]
+        if question.note:
+            parts.append(question.note)
+    if results.missing():
+        parts.append(f"{results.missing()} runs of the plan are not there yet: `make study`.")
+    page = folder / "study.md"
+    page.write_text("\n\n".join(parts) + "\n")
+    return page
+
+
+def _claims_table(results: Results) -> Table:
+    lines = [(v.claim, v.paper, v.here, v.verdict) for v in verdicts(results)]
+    return Table(("claim", "paper", "here", "verdict"), lines)
+
+
+def show(results: Results) -> None:
+    """The tables on the terminal."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console()
+    tables = [(q.title, table_of(q, results)) for q in QUESTIONS]
+    for title, table in [*tables, ("Claim by claim", _claims_table(results))]:
+        if table.lines:
+            rich = RichTable(*table.header, title=title)
+            for cells in table.lines:
+                rich.add_row(*cells)
+            console.print(rich)

@@ -1,0 +1,125 @@
+"""The rows that were measured, read back and averaged over seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cost import attention_cost
+from plan import QUESTIONS, Question, Row
+from settings import Settings
+
+Measured = dict[str, Any]
+"""One run's JSON file."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A figure over the seeds that were run.
+
+    Attributes:
+        of_seed: seed → figure.
+    """
+
+    of_seed: dict[int, float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.of_seed.values())
+
+    @property
+    def low(self) -> float:
+        return min(self.of_seed.values())
+
+    @property
+    def high(self) -> float:
+        return max(self.of_seed.values())
+
+    def text(self, digits: int = 2) -> str:
+        """`35.21 (35.02–35.40)`: mean and range; one seed has no range."""
+        mean = f"{self.mean:.{digits}f}"
+        if len(self.of_seed) == 1:
+            return mean
+        return f"{mean} ({self.low:.{digits}f}–{self.high:.{digits}f})"
+
+
+class Results:
+    """The measured runs of a folder of rows."""
+
+    def __init__(self, rows_dir: Path) -> None:
+        self.rows: dict[str, Measured] = {}
+        for path in sorted(rows_dir.glob("*.json")):
+            self.rows[path.stem] = json.loads(path.read_text())
+
+    def of(self, row: Row) -> dict[int, Measured]:
+        """seed → what was measured, of the runs that are there."""
+        return {
+            settings.seed: self.rows[settings.key]
+            for settings in row.runs()
+            if settings.key in self.rows
+        }
+
+    def value(self, row: Row, figure: Callable[[Measured], float]) -> Value | None:
+        """A figure of a row over its seeds, None where no run is there."""
+        found = {seed: figure(measured) for seed, measured in self.of(row).items()}
+        return Value(found) if found else None
+
+    def row(self, question: str, label: str) -> Row:
+        """A row by the name of its question and its label."""
+        return next(row for row in self.question(question).rows if row.label == label)
+
+    @staticmethod
+    def question(name: str) -> Question:
+        return next(question for question in QUESTIONS if question.name == name)
+
+    def missing(self) -> int:
+        wanted = {s.key for q in QUESTIONS for row in q.rows for s in row.runs()}
+        return len(wanted - set(self.rows))
+
+
+def perplexity(measured: Measured) -> float:
+    return float(measured["perplexity"])
+
+
+def at(bucket: str) -> Callable[[Measured], float]:
+    """Perplexity in a bucket of positions; `first` and `last` are its names too."""
+
+    def figure(measured: Measured) -> float:
+        by_position = measured["by_position"]
+        names = list(by_position)
+        name = {"first": names[0], "last": names[-1]}.get(bucket, bucket)
+        return float(by_position[name])
+
+    return figure
+
+
+def evaluated_sparse(measured: Measured) -> float:
+    return float(measured["evaluated_sparse"]["perplexity"])
+
+
+def retrieved(length: int, what: str = "digits") -> Callable[[Measured], float]:
+    """Share of the digits, or of the whole passkeys (`exact`), found in windows of a length, %."""
+
+    def figure(measured: Measured) -> float:
+        return 100 * float(measured["retrieval"][what][str(length)])
+
+    return figure
+
+
+def seconds_a_step(measured: Measured) -> float:
+    return float(measured["seconds"]) / float(measured["settings"]["steps"])
+
+
+def tokens_a_second(measured: Measured) -> float:
+    return float(measured["settings"]["tokens_a_step"]) / seconds_a_step(measured)
+
+
+def cost(settings: Settings) -> float:
+    """Attention's query-key pairs as a share of full attention's, over the run."""
+    from train import full_attention_steps
+
+    return attention_cost(settings, len(full_attention_steps(settings)))

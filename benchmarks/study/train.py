@@ -1,0 +1,192 @@
+"""Extend the small model once, as `Settings` say, and measure it.
+
+A plain loop on the package's own parts: RoPE from `resolve_rope`, modules from `adapter`, sparse
+attention from `enable_shifted_attention`. Matrix products are in bf16 (autocast), weights in fp32;
+measuring is in fp32 and, unless said otherwise, with the model's own full attention.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from data import Books, book_batches, plant
+from peft import LoraConfig, get_peft_model
+from settings import Settings
+from sinks import attend_with_sinks
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from longlora_plugin.adapter import embedding_modules, norm_modules, shortest_names
+from longlora_plugin.attention import AttentionPattern, enable_shifted_attention
+from longlora_plugin.rope import apply_rope, resolve_rope
+
+WARMUP_STEPS = 10
+GROUPS_WITHOUT_SHIFT = AttentionPattern("groups", lambda heads, group_size: [0] * heads)
+
+
+def load(model_dir: Path, settings: Settings) -> Any:
+    """The base model with the preset's RoPE for the target length, untrained."""
+    config = AutoConfig.from_pretrained(model_dir)
+    options = {} if settings.theta is None else {"theta": settings.theta}
+    apply_rope(config, resolve_rope(settings.rope, config, settings.target, **options))
+    return AutoModelForCausalLM.from_pretrained(
+        model_dir, config=config, attn_implementation="sdpa", dtype=torch.float32
+    )
+
+
+def adapt(model: Any, settings: Settings) -> Any:
+    """The model with the parameters of the method trainable."""
+    if settings.method == "full":
+        return model
+    saved = {
+        "lora": [],
+        "lora+norm": norm_modules(model),
+        "lora+embed": embedding_modules(model),
+        "longlora": embedding_modules(model) + norm_modules(model),
+    }[settings.method]
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=2 * settings.rank,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        modules_to_save=shortest_names(model, saved) if saved else None,
+        ensure_weight_tying="embed" in settings.method or settings.method == "longlora",
+    )
+    return get_peft_model(model, config)
+
+
+def full_attention_steps(settings: Settings) -> set[int]:
+    """The steps that train with full attention, of 0 … steps − 1."""
+    steps = range(settings.steps)
+    if settings.attention == "full":
+        return set(steps)
+    last = set(steps[settings.steps - settings.finishing_steps :])
+    generator = torch.Generator().manual_seed(settings.seed)
+    drawn = torch.randperm(settings.steps, generator=generator)
+    return last | set(drawn[: round(settings.random_full * settings.steps)].tolist())
+
+
+class Attention:
+    """The sparse attention of a run: put on, switched off for a step, seen to have run."""
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.sparse_layers = [
+            module
+            for name, module in model.named_modules()
+            if name.endswith("self_attn") and int(name.split(".")[-2]) not in settings.full_layers
+        ]
+        self.handle = None
+        if settings.attention in ("s2", "groups"):
+            pattern = {"pattern": GROUPS_WITHOUT_SHIFT} if settings.attention == "groups" else {}
+            self.handle = enable_shifted_attention(model, group_size=settings.group, **pattern)
+        elif settings.attention == "sinks":
+            attend = attend_with_sinks(settings.group, settings.sinks, settings.target)
+            AttentionInterface.register("study_sinks", attend)
+
+    def train(self, *, sparse: bool) -> None:
+        """Training mode; layers in evaluation mode keep the model's own attention."""
+        self.model.train()
+        if self.handle is not None:
+            self.handle.active = sparse
+            if self.settings.full_layers:
+                for name, module in self.model.named_modules():
+                    if name.endswith("self_attn") and module not in self.sparse_layers:
+                        module.eval()
+        elif self.settings.attention == "sinks":
+            self.model.set_attn_implementation("study_sinks" if sparse else "sdpa")
+
+    def evaluate(self) -> None:
+        self.model.eval()
+        if self.settings.attention == "sinks":
+            self.model.set_attn_implementation("sdpa")
+
+    def remove(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+
+
+def run(settings: Settings, model_dir: Path, books: Books) -> dict[str, Any]:
+    """Train and measure; the row of the study, ready for JSON."""
+    torch.manual_seed(settings.seed)
+    model = adapt(load(model_dir, settings), settings)
+    attention = Attention(model, settings)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    full_steps = full_attention_steps(settings)
+    batches = book_batches(books.train, settings.target, settings.batch, settings.seed)
+    planter = torch.Generator().manual_seed(settings.seed + 1)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    losses: list[float] = []
+    watched: dict[int, Any] = {}
+
+    def look(windows: int | None = None) -> dict[str, Any]:
+        attention.evaluate()
+        return measure.all_of(model, books, settings, windows)
+
+    for step in range(settings.steps):
+        if step in settings.watch:
+            watched[step] = look(measure.QUICK_WINDOWS)
+        ids = labels = next(batches)
+        if settings.task == "retrieval":
+            half = len(ids) // 2
+            asked, answers = plant(ids[:half], books.rare, planter)
+            ids, labels = torch.cat([asked, ids[half:]]), torch.cat([answers, labels[half:]])
+        sparse = step not in full_steps
+        attention.train(sparse=sparse)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS)
+        started = time.perf_counter()
+        losses.append(_step(model, optimizer, ids, labels))
+        seconds[sparse].append(time.perf_counter() - started)
+    sparse_layers = len(attention.sparse_layers) if settings.attention != "full" else 0
+    _check_it_engaged(attention, settings, full_steps)
+    row = {
+        "trainable_parameters": sum(p.numel() for p in trained),
+        "sparse_layers": sparse_layers,
+        "final_train_loss": statistics.fmean(losses[-10:]),
+        "seconds": round(sum(map(sum, seconds.values())), 1),
+        "seconds_a_step": {
+            name: round(statistics.median(seconds[sparse]), 3)
+            for name, sparse in (("sparse", True), ("full", False))
+            if seconds[sparse]
+        },
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    row |= look()
+    if watched:
+        row["watched"] = {**watched, settings.steps: look(measure.QUICK_WINDOWS)}
+    if attention.handle is not None and settings.task == "books":
+        attention.train(sparse=True)
+        row["evaluated_sparse"] = measure.perplexity_in_this_mode(model, books, settings)
+    attention.remove()
+    return row
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, labels: Tensor) -> float:
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def _check_it_engaged(attention: Attention, settings: Settings, full_steps: set[int]) -> None:
+    if attention.handle is None:
+        return
+    sparse_steps = settings.steps - len(full_steps)
+    expected = sparse_steps * len(attention.sparse_layers)
+    if attention.handle.calls != expected:
+        raise RuntimeError(
+            f"{settings.key}: sparse attention ran {attention.handle.calls} times, not {expected}"
+        )
