@@ -11,7 +11,7 @@ import torch
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
 MODULES = (
-    *("claims", "cost", "data", "measure", "plan", "report", "results"),
+    *("base", "claims", "cost", "data", "measure", "plan", "report", "results"),
     *("settings", "sinks", "train"),
 )
 
@@ -32,27 +32,27 @@ def study():
 
 
 def test_passkey_answers_stand_in_the_labels_only(study):
-    rare = study.data.Rare.of([torch.arange(3, 400)], 500)
+    alphabet = study.data.Alphabet.of([torch.arange(3, 700)], 700)
     windows = torch.arange(3, 259).repeat(4, 1)
-    ids, labels = study.data.plant(windows, rare, torch.Generator().manual_seed(0))
-    digits, cues = rare.digits.flatten(), rare.cues
+    ids, labels = study.data.plant(windows, alphabet, torch.Generator().manual_seed(0))
+    digits, cues = alphabet.digits.flatten(), alphabet.cues
     for row in range(4):
         where = torch.isin(ids[row], digits).nonzero().flatten()
         assert len(where) == study.data.DIGITS, "a digit stands where it is written, nowhere else"
         key = ids[row, where]
         assert (labels[row, where] == study.data.IGNORED).all()
         asked = torch.isin(ids[row], cues).nonzero().flatten()
-        assert 1 <= len(asked) <= study.data.ASKED
+        assert len(asked) == 256 // study.data.TOKENS_A_QUESTION
         assert (asked > where.max()).all()
         which = (ids[row, asked][:, None] == cues).int().argmax(1)
         assert torch.equal(labels[row, asked + 1], key[which])
 
 
 def test_passkey_test_asks_for_every_digit_at_the_end(study):
-    rare = study.data.Rare.of([torch.arange(3, 400)], 500)
+    alphabet = study.data.Alphabet.of([torch.arange(3, 700)], 700)
     windows = torch.arange(3, 259).repeat(8, 1)
-    ids, keys = study.data.passkey_test(windows, rare, torch.Generator().manual_seed(0))
-    assert torch.equal(ids[:, -study.data.DIGITS :], rare.cues.expand(8, -1))
+    ids, keys = study.data.passkey_test(windows, alphabet, torch.Generator().manual_seed(0))
+    assert torch.equal(ids[:, -study.data.DIGITS :], alphabet.cues.expand(8, -1))
     for row, key in zip(ids, keys, strict=True):
         found = row.unfold(0, len(key), 1)
         assert (found == key).all(1).sum() == 1
@@ -61,25 +61,25 @@ def test_passkey_test_asks_for_every_digit_at_the_end(study):
 class Finder(torch.nn.Module):
     """A model with a known answer: it finds the digits if the window is short enough."""
 
-    def __init__(self, rare, reach):
+    def __init__(self, alphabet, reach):
         super().__init__()
-        self.rare, self.reach = rare, reach
+        self.alphabet, self.reach = alphabet, reach
 
     def forward(self, input_ids, use_cache, logits_to_keep):
         row = input_ids[0]
-        key = row[torch.isin(row, self.rare.digits.flatten())]
+        key = row[torch.isin(row, self.alphabet.digits.flatten())]
         if len(row) > self.reach:
             key = key.roll(1)  # the right digits at the wrong places
-        logits = torch.nn.functional.one_hot(key, 500).float()[None]
+        logits = torch.nn.functional.one_hot(key, 700).float()[None]
         return type("Output", (), {"logits": logits})
 
 
 def test_retrieval_of_a_model_with_a_known_reach(study):
     generator = torch.Generator().manual_seed(0)
-    text = torch.randint(3, 300, (80_000,), generator=generator)
-    rare = study.data.Rare.of([torch.arange(3, 400)], 500)
-    books = study.data.Books([], [text], rare)
-    found = study.measure.retrieval(Finder(rare, reach=512), books, 1024)
+    text = torch.randint(3, 600, (80_000,), generator=generator)
+    alphabet = study.data.Alphabet.of([torch.arange(3, 700)], 700)
+    books = study.data.Books([], [text], alphabet)
+    found = study.measure.retrieval(Finder(alphabet, reach=512), books, 1024)
     assert found["exact"] == {256: 1.0, 512: 1.0, 1024: 0.0}
     assert found["digits"][1024] == 0.0
 
@@ -145,7 +145,7 @@ def tiny(tmp_path_factory, study):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny")
     config = LlamaConfig(
-        vocab_size=300,
+        vocab_size=700,
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -155,9 +155,9 @@ def tiny(tmp_path_factory, study):
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    text = torch.randint(3, 240, (60_000,))
-    rare = study.data.Rare.of([text], 300)
-    return folder, study.data.Books([text], [text], rare)
+    text = torch.randint(3, 650, (60_000,))
+    alphabet = study.data.Alphabet.of([text], 700)
+    return folder, study.data.Books([text], [text], alphabet)
 
 
 @pytest.fixture
@@ -197,6 +197,15 @@ def test_a_run_trains_as_its_settings_say(study, tiny, few_windows, changes, spa
     )
 
 
+def test_the_retrieval_base_is_made_once(study, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.base, "STAGES", ((32, 2), (64, 1)))
+    made = study.base.model_for("retrieval", tiny[0], tmp_path, tiny[1])
+    assert (made / "model.safetensors").is_file()
+    monkeypatch.delattr(study.base, "_train")
+    assert study.base.model_for("retrieval", tiny[0], tmp_path, tiny[1]) == made
+    assert study.base.model_for("books", tiny[0], tmp_path, tiny[1]) == tiny[0]
+
+
 def test_sparse_evaluation_differs_and_a_seed_repeats(study, tiny, few_windows):
     settings = study.settings.Settings(**SHORT)
     first, second = (study.train.run(settings, *tiny) for _ in range(2))
@@ -228,7 +237,7 @@ def test_verdicts_ask_every_seed(study, of_seed, verdict):
 
 def rows_of(study, folder, perplexities):
     """Made rows: (row, seed) → perplexity."""
-    folder.mkdir()
+    (folder / "rows").mkdir()
     for (row, seed), perplexity in perplexities.items():
         settings = replace(row.settings, seed=seed)
         content = {
@@ -238,7 +247,7 @@ def rows_of(study, folder, perplexities):
             "seconds": 50.0,
             "trainable_parameters": 1000,
         }
-        (folder / f"{settings.key}.json").write_text(json.dumps(content))
+        (folder / "rows" / f"{settings.key}.json").write_text(json.dumps(content))
     return study.results.Results(folder)
 
 
@@ -247,9 +256,9 @@ def test_the_page_has_means_ranges_and_verdicts(study, tmp_path):
     lora, both = rows["LoRA r=8"], rows["LongLoRA (both)"]
     made = {(lora, seed): 50.0 + seed for seed in range(3)}
     made |= {(both, seed): 40.0 for seed in range(3)}
-    results = rows_of(study, tmp_path / "rows", made)
-    page = study.report.write_page(results, tmp_path / "page", "# Title").read_text()
-    assert page.startswith("# Title")
+    results = rows_of(study, tmp_path, made)
+    page = study.report.write_page(results, tmp_path / "page").read_text()
+    assert page.startswith("# ")
     assert "| LoRA r=8 | 3 | 51.00 (50.00–52.00) |" in page
     assert "+27.5 % (+25.0 to +30.0, 3 seeds) | held |" in page
     assert (tmp_path / "page" / "study-methods.png").stat().st_size > 1000

@@ -80,7 +80,7 @@ def retrieval(model: Any, books: Books, target: int) -> dict[str, Any]:
     found: dict[str, Any] = {"exact": {}, "digits": {}}
     for length in edges_of(target)[1:]:
         windows = cut(books.held_out, length)[:RETRIEVAL_WINDOWS]
-        ids, keys = passkey_test(windows, books.rare, generator)
+        ids, keys = passkey_test(windows, books.alphabet, generator)
         right = torch.cat([_answers(model, window[None]) for window in ids]) == keys
         found["exact"][length] = float(right.all(1).double().mean())
         found["digits"][length] = float(right.double().mean())

@@ -12,6 +12,8 @@ from claims import CLAIMS, Verdict
 from plan import QUESTIONS, Question, Row
 from results import Results, Value
 
+INTRODUCTION = Path(__file__).with_name("introduction.md")
+
 
 @dataclass(frozen=True)
 class Table:
@@ -145,10 +147,11 @@ def _draw_line(axes: Any, label: str, ticks: list[str], values: list[Value]) -> 
 # --- the page --------------------------------------------------------------------------------
 
 
-def write_page(results: Results, folder: Path, introduction: str) -> Path:
+def write_page(results: Results, folder: Path) -> Path:
     """`study.md` and a PNG for each question, in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [introduction.strip(), "## Claim by claim", _claims_table(results).markdown()]
+    introduction = INTRODUCTION.read_text(encoding="utf-8").strip()
+    parts = [introduction, "## Claim by claim", _claims_table(results).markdown()]
     for question in QUESTIONS:
         table = table_of(question, results)
         if not table.lines:

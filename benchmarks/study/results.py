@@ -48,12 +48,14 @@ class Value:
 
 
 class Results:
-    """The measured runs of a folder of rows."""
+    """The measured runs, `rows/*.json` of a folder, and `timing.json` where it is there."""
 
-    def __init__(self, rows_dir: Path) -> None:
+    def __init__(self, out: Path) -> None:
         self.rows: dict[str, Measured] = {}
-        for path in sorted(rows_dir.glob("*.json")):
+        for path in sorted((out / "rows").glob("*.json")):
             self.rows[path.stem] = json.loads(path.read_text())
+        timing = out / "timing.json"
+        self.timing = json.loads(timing.read_text()) if timing.is_file() else None
 
     def of(self, row: Row) -> dict[int, Measured]:
         """seed → what was measured, of the runs that are there."""

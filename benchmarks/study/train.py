@@ -116,10 +116,7 @@ def run(settings: Settings, model_dir: Path, books: Books) -> dict[str, Any]:
     torch.manual_seed(settings.seed)
     model = adapt(load(model_dir, settings), settings)
     attention = Attention(model, settings)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    optimizer = optimizer_of(model, settings)
     full_steps = full_attention_steps(settings)
     batches = book_batches(books.train, settings.target, settings.batch, settings.seed)
     planter = torch.Generator().manual_seed(settings.seed + 1)
@@ -137,19 +134,19 @@ def run(settings: Settings, model_dir: Path, books: Books) -> dict[str, Any]:
         ids = labels = next(batches)
         if settings.task == "retrieval":
             half = len(ids) // 2
-            asked, answers = plant(ids[:half], books.rare, planter)
+            asked, answers = plant(ids[:half], books.alphabet, planter)
             ids, labels = torch.cat([asked, ids[half:]]), torch.cat([answers, labels[half:]])
         sparse = step not in full_steps
         attention.train(sparse=sparse)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS)
         started = time.perf_counter()
-        losses.append(_step(model, optimizer, ids, labels))
+        losses.append(step_of(model, optimizer, ids, labels))
         seconds[sparse].append(time.perf_counter() - started)
     sparse_layers = len(attention.sparse_layers) if settings.attention != "full" else 0
     _check_it_engaged(attention, settings, full_steps)
     row = {
-        "trainable_parameters": sum(p.numel() for p in trained),
+        "trainable_parameters": model.num_parameters(only_trainable=True),
         "sparse_layers": sparse_layers,
         "final_train_loss": statistics.fmean(losses[-10:]),
         "seconds": round(sum(map(sum, seconds.values())), 1),
@@ -172,7 +169,18 @@ def run(settings: Settings, model_dir: Path, books: Books) -> dict[str, Any]:
     return row
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, labels: Tensor) -> float:
+def optimizer_of(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW with the paper's numbers over what is trainable."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        trained, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+
+
+def step_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, labels: Tensor
+) -> float:
+    """One optimizer step on windows [B, N]; the loss before it."""
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
     loss.backward()
