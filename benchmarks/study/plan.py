@@ -178,15 +178,17 @@ QUESTIONS = (
 
 
 def runs(*, quick: bool = False) -> list[Settings]:
-    """Every run once: each question's first seeds before any second seed.
+    """Every run once, the most telling first: main rows, those with several seeds, before others.
 
     Args:
-        quick: only the first seed of the main rows, those with several seeds.
+        quick: only the first seed of the main rows.
     """
-    wanted: dict[Settings, None] = {}
-    for seed in SEEDS[:1] if quick else SEEDS:
-        for question in QUESTIONS:
-            for row in question.rows:
-                if seed in row.seeds and not (quick and row.seeds == ONE):
-                    wanted[replace(row.settings, seed=seed)] = None
+    rows = [row for question in QUESTIONS for row in question.rows]
+    main = [row for row in rows if row.seeds == SEEDS]
+    single = [row for row in rows if row.seeds == ONE]
+    first, *further, last = SEEDS
+    passes = [(main, first)]
+    if not quick:
+        passes += [*((main, seed) for seed in further), (single, first), (main, last)]
+    wanted = {replace(row.settings, seed=seed): None for rows, seed in passes for row in rows}
     return list(wanted)
