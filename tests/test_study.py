@@ -12,7 +12,7 @@ import torch
 STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
 MODULES = (
     *("base", "claims", "cost", "data", "measure", "plan", "report", "results"),
-    *("settings", "sinks", "train"),
+    *("settings", "sinks", "train", "worker"),
 )
 
 
@@ -266,12 +266,9 @@ def test_the_page_has_means_ranges_and_verdicts(study, tmp_path):
 
 
 def test_a_run_is_claimed_once_and_a_dead_claim_is_void(study, tmp_path):
-    import runpy
-
-    main = runpy.run_path(str(STUDY / "__main__.py"))
     path = tmp_path / "row.json"
-    assert main["_claim"](path)
-    assert not main["_claim"](path), "this process lives"
+    assert study.worker.claim(path)
+    assert not study.worker.claim(path), "this process lives"
     path.with_suffix(".claim").write_text("999999999")
-    assert main["_claim"](path)
+    assert study.worker.claim(path)
     assert path.with_suffix(".claim").read_text() == str(os.getpid())

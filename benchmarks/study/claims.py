@@ -13,13 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from plan import Row
-from results import Measured, Results, at, evaluated_sparse, perplexity
+from results import Measured, Results, at, evaluated_sparse, perplexity, retrieved
 
-VISIBLE = 0.5
-"""Percent of perplexity that a difference must reach to be called one."""
+VISIBLE = {"%": 0.5, "points": 5.0}
+"""What a difference must reach to be called one: percent of perplexity, points of digits found."""
 
-EQUAL = 1.0
-"""Percent of perplexity within which two rows are about equal."""
+EQUAL = {"%": 1.0, "points": 5.0}
+"""Within what two rows are about equal."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher a figure of row A is than of row B, in percent of B's, seed by seed."""
+    """How much higher a figure of row A is than of row B, seed by seed: in % of B's, or points."""
 
     of_seed: tuple[float, ...]
+    unit: str = "%"
 
     @property
     def mean(self) -> float:
@@ -45,21 +46,21 @@ class Difference:
     def text(self) -> str:
         seeds = len(self.of_seed)
         if seeds == 1:
-            return f"{self.mean:+.1f} % (one seed)"
+            return f"{self.mean:+.1f} {self.unit} (one seed)"
         low, high = min(self.of_seed), max(self.of_seed)
-        return f"{self.mean:+.1f} % ({low:+.1f} to {high:+.1f}, {seeds} seeds)"
+        return f"{self.mean:+.1f} {self.unit} ({low:+.1f} to {high:+.1f}, {seeds} seeds)"
 
     def higher(self) -> str:
         """The verdict on "A is higher"."""
-        if self.mean >= VISIBLE and min(self.of_seed) > 0:
+        if self.mean >= VISIBLE[self.unit] and min(self.of_seed) > 0:
             return "held"
-        if self.mean <= -VISIBLE and max(self.of_seed) < 0:
+        if self.mean <= -VISIBLE[self.unit] and max(self.of_seed) < 0:
             return "did not hold"
         return "cannot be seen"
 
     def equal(self) -> str:
         """The verdict on "A is about as B", or lower."""
-        return "held" if self.mean < EQUAL else "did not hold"
+        return "held" if self.mean < EQUAL[self.unit] else "did not hold"
 
 
 def difference(
@@ -68,13 +69,17 @@ def difference(
     low: Row,
     figure: Callable[[Measured], float],
     other: Callable[[Measured], float] | None = None,
+    unit: str = "%",
 ) -> Difference | None:
     """Of the seeds that both rows have; `other` is the figure of `low` where it is another."""
     a, b = results.of(high), results.of(low)
     seeds = sorted(set(a) & set(b))
     if not seeds:
         return None
-    return Difference(tuple(100 * (figure(a[s]) / (other or figure)(b[s]) - 1) for s in seeds))
+    pairs = [(figure(a[seed]), (other or figure)(b[seed])) for seed in seeds]
+    if unit == "points":
+        return Difference(tuple(x - y for x, y in pairs), unit)
+    return Difference(tuple(100 * (x / y - 1) for x, y in pairs))
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class Claim:
     figure: Callable[[Measured], float]
     other: Callable[[Measured], float] | None = None
     equal: bool = False
+    unit: str = "%"
 
     def judge(self, results: Results) -> Verdict:
         found = difference(
@@ -99,6 +105,7 @@ class Claim:
             results.row(*self.low),
             self.figure,
             self.other,
+            self.unit,
         )
         if found is None:
             return Verdict(self.claim, self.paper, "not run", "not run")
@@ -204,5 +211,47 @@ CLAIMS = (
         ("groups", "1/2"),
         perplexity,
         equal=True,
+    ),
+    Claim(
+        "S² whose last 10 % of the steps are full is as good as full attention: last half, linear",
+        "not in the paper",
+        TENTH,
+        FULL,
+        at("last"),
+        equal=True,
+    ),
+    Claim(
+        "… the same with YaRN",
+        "not in the paper",
+        ("remedy-yarn", "S², last 10% full"),
+        ("remedy-yarn", "full attention"),
+        at("last"),
+        equal=True,
+    ),
+    Claim(
+        "Trained with sparse attention, a model finds less: full attention against S², 2048 tokens",
+        "approximate attention falls behind on retrieval (arXiv 2409.12181)",
+        ("retrieval", "full attention"),
+        ("retrieval", "S²"),
+        retrieved(2048),
+        unit="points",
+    ),
+    Claim(
+        "With the last 10 % full it finds as much: full attention against S², 2048 tokens",
+        "not in the paper",
+        ("retrieval", "full attention"),
+        ("retrieval", "S², last 10% full"),
+        retrieved(2048),
+        equal=True,
+        unit="points",
+    ),
+    Claim(
+        "… and with the last 25 % full",
+        "not in the paper",
+        ("retrieval", "full attention"),
+        ("retrieval", "S², last 25% full"),
+        retrieved(2048),
+        equal=True,
+        unit="points",
     ),
 )

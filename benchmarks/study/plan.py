@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from settings import Settings
 
 SEEDS = (0, 1, 2)
+ONE = (0,)
 
 MAIN = Settings(finish=0.1)
 PAPER = Settings(rope="linear")
 RETRIEVAL = Settings(task="retrieval")
+UNTRAINED = Settings(attention="full", steps=0)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,15 @@ def methods(base: Settings) -> tuple[Row, ...]:
     )
 
 
-ONE = (0,)
+def presets(base: Settings, *names: str) -> tuple[Row, ...]:
+    return tuple(
+        Row("theta 500000", replace(base, rope="theta", theta=5e5), ONE)
+        if name == "theta"
+        else Row(name, replace(base, rope=name), ONE)
+        for name in names
+    )
+
+
 SHARES = {0.02: ONE, 0.05: ONE, 0.1: SEEDS, 0.25: ONE}
 RETRIEVAL_SHARES = {0.02: ONE, 0.05: ONE, 0.1: SEEDS, 0.25: SEEDS}
 
@@ -143,12 +153,13 @@ QUESTIONS = (
         (
             Row("linear", replace(MAIN, rope="linear")),
             Row("yarn", MAIN),
-            Row("ntk", replace(MAIN, rope="ntk"), ONE),
-            Row("llama3", replace(MAIN, rope="llama3"), ONE),
-            Row("theta 500000", replace(MAIN, rope="theta", theta=5e5), ONE),
-            Row("dynamic", replace(MAIN, rope="dynamic"), ONE),
-            Row("none", replace(MAIN, rope="none"), ONE),
+            *presets(MAIN, "ntk", "llama3", "theta", "dynamic", "none"),
         ),
+    ),
+    Question(
+        "untrained",
+        "RoPE presets before any training",
+        presets(UNTRAINED, "linear", "yarn", "ntk", "llama3", "theta", "dynamic", "none"),
     ),
     Question(
         "four-times",

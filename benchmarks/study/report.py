@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import results as figures
-from claims import CLAIMS, Verdict
+from claims import CLAIMS, Verdict, difference
 from plan import QUESTIONS, Question, Row
 from results import Results, Value
 
@@ -28,6 +28,8 @@ class Table:
         return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
+RETRIEVAL_LENGTHS = (256, 512, 1024, 2048)
+
 Column = tuple[str, Callable[[Results, Row], Value | None], int]
 """Header, figure, digits."""
 
@@ -38,30 +40,47 @@ def _measured(figure: Callable[[figures.Measured], float]) -> Callable[..., Valu
 
 def columns_of(question: Question) -> list[Column]:
     """What a question's table shows beside the label and the number of seeds."""
-    target = question.rows[0].settings.target
+    settings = question.rows[0].settings
+    if question.name == "steps":
+        steps = (*settings.watch, settings.steps)
+        return [(f"{step} steps", _measured(figures.at_step(step)), 2) for step in steps]
     columns: list[Column] = [
         ("perplexity", _measured(figures.perplexity), 2),
         ("at 0–256", _measured(figures.at("first")), 2),
-        (f"at {target // 2}–{target}", _measured(figures.at("last")), 2),
+        (f"at {settings.target // 2}–{settings.target}", _measured(figures.at("last")), 2),
     ]
-    if question.name == "retrieval":
+    full = next((row for row in question.rows if row.settings.attention == "full"), None)
+    if full is not None and settings.steps:
+        columns.append(("last half against full, %", _against(full), 1))
+    if settings.task == "retrieval":
         columns += [
-            (f"digits found, {n} tokens, %", _measured(figures.retrieved(n)), 0)
-            for n in (256, 512, 1024, 2048)
+            (f"digits found, {length} tokens, %", _measured(figures.retrieved(length)), 0)
+            for length in RETRIEVAL_LENGTHS
         ]
     if question.name in ("attention", "groups"):
         columns.append(("evaluated sparse", _measured(figures.evaluated_sparse), 2))
-    if question.name == "methods":
+    if question.name in ("methods", "rates"):
         columns.append(("trainable, k", _measured(lambda m: m["trainable_parameters"] / 1e3), 0))
-    else:
+    elif settings.steps:
         columns.append(("attention's cost, %", _cost, 0))
-    columns.append(("s/step", _measured(figures.seconds_a_step), 2))
-    columns.append(("tokens/s", _measured(figures.tokens_a_second), 0))
+    if settings.steps:
+        columns.append(("s/step", _measured(figures.seconds_a_step), 2))
+        columns.append(("tokens/s", _measured(figures.tokens_a_second), 0))
     return columns
 
 
 def _cost(results: Results, row: Row) -> Value | None:
-    return Value({seed: 100 * figures.cost(row.settings) for seed in row.seeds[:1]})
+    return Value({0: 100 * figures.cost(row.settings)})
+
+
+def _against(full: Row) -> Callable[[Results, Row], Value | None]:
+    """Perplexity in the last half of the length, in percent above that of row `full`."""
+
+    def figure(results: Results, row: Row) -> Value | None:
+        found = difference(results, row, full, figures.at("last"))
+        return Value(dict(enumerate(found.of_seed))) if found and row is not full else None
+
+    return figure
 
 
 def table_of(question: Question, results: Results) -> Table:
@@ -119,10 +138,9 @@ def _draw_positions(axes: Any, rows: Sequence[Row], results: Results) -> None:
 
 
 def _draw_lengths(axes: Any, rows: Sequence[Row], results: Results) -> None:
-    lengths = (256, 512, 1024, 2048)
     for row in rows:
-        values = [results.value(row, figures.retrieved(length)) for length in lengths]
-        _draw_line(axes, row.label, [str(length) for length in lengths], values)
+        values = [results.value(row, figures.retrieved(length)) for length in RETRIEVAL_LENGTHS]
+        _draw_line(axes, row.label, [str(length) for length in RETRIEVAL_LENGTHS], values)
     axes.axhline(10, color="grey", linestyle=":", label="by luck")
     axes.set_xlabel("length of the window, tokens")
     axes.set_ylabel("digits of the passkey found, %")
@@ -161,11 +179,24 @@ def write_page(results: Results, folder: Path) -> Path:
         parts += [f"## {question.title}", table.markdown(), f"![{question.title}]({image})"]
         if question.note:
             parts.append(question.note)
+    if results.timing:
+        parts += ["## Time", _time_text(results.timing)]
     if results.missing():
         parts.append(f"{results.missing()} runs of the plan are not there yet: `make study`.")
     page = folder / "study.md"
     page.write_text("\n\n".join(parts) + "\n")
     return page
+
+
+def _time_text(timing: dict[str, Any]) -> str:
+    seconds, speed = timing["seconds_a_step"], timing["tokens_a_second"]
+    return (
+        f"A training step of 4096 tokens at 2048, one thread, alternately in one process, medians "
+        f"of {timing['rounds']}: {seconds['s2']:.2f} s with S² ({speed['s2']:.0f} tokens/s) and "
+        f"{seconds['full']:.2f} s with full attention ({speed['full']:.0f} tokens/s), ratio "
+        f"{timing['s2_over_full']:.2f}. The paper has 0.67 for a whole run of 7B at 32k and 0.57 "
+        f"at 64k (Table 12)."
+    )
 
 
 def _claims_table(results: Results) -> Table:

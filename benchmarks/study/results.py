@@ -112,8 +112,13 @@ def retrieved(length: int, what: str = "digits") -> Callable[[Measured], float]:
     return figure
 
 
+def at_step(step: int) -> Callable[[Measured], float]:
+    """Perplexity while a run went on."""
+    return lambda measured: float(measured["watched"][str(step)]["perplexity"])
+
+
 def seconds_a_step(measured: Measured) -> float:
-    return float(measured["seconds"]) / float(measured["settings"]["steps"])
+    return float(measured["seconds"]) / int(measured["settings"]["steps"])
 
 
 def tokens_a_second(measured: Measured) -> float:

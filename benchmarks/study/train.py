@@ -148,7 +148,7 @@ def run(settings: Settings, model_dir: Path, books: Books) -> dict[str, Any]:
     row = {
         "trainable_parameters": model.num_parameters(only_trainable=True),
         "sparse_layers": sparse_layers,
-        "final_train_loss": statistics.fmean(losses[-10:]),
+        "final_train_loss": statistics.fmean(losses[-10:]) if losses else None,
         "seconds": round(sum(map(sum, seconds.values())), 1),
         "seconds_a_step": {
             name: round(statistics.median(seconds[sparse]), 3)
