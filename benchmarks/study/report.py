@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,7 @@ def _draw_line(axes: Any, label: str, ticks: list[str], values: list[Value]) -> 
 
 
 def write_page(results: Results, folder: Path) -> Path:
-    """`study.md` and a PNG for each question, in `folder`."""
+    """`study.md`, a PNG for each question, and every figure in `study.json`, in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     introduction = INTRODUCTION.read_text(encoding="utf-8").strip()
     parts = [introduction, "## Claim by claim", _claims_table(results).markdown()]
@@ -183,6 +184,9 @@ def write_page(results: Results, folder: Path) -> Path:
         parts += ["## Time", _time_text(results.timing)]
     if results.missing():
         parts.append(f"{results.missing()} runs of the plan are not there yet: `make study`.")
+    everything = {"rows": results.rows, "timing": results.timing}
+    (folder / "study.json").write_text(json.dumps(everything, indent=1) + "\n")
+    parts.append("Every figure of every run: [study.json](study.json).")
     page = folder / "study.md"
     page.write_text("\n\n".join(parts) + "\n")
     return page

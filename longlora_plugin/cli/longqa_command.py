@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from longlora_plugin.longqa.build import Report
+    from longlora_plugin.longqa.settings import Report
     from longlora_plugin.longqa.stats import Statistics
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -126,8 +126,10 @@ def build(source: Path, out: Path, **options: Any) -> None:
 
 def _build(source: Path, out: Path, options: dict[str, Any]) -> Report:
     from longlora_plugin.longqa import endpoint as endpoints
-    from longlora_plugin.longqa.build import Builder, Settings, read_short
+    from longlora_plugin.longqa.build import Builder
     from longlora_plugin.longqa.documents import Reader
+    from longlora_plugin.longqa.settings import Settings
+    from longlora_plugin.longqa.short import read_short
 
     if (options["base_url"] is None) != (options["model"] is None):
         raise ValueError("--base-url and --model go together; give both, or neither")

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.longqa.build import token_count
 from longlora_plugin.longqa.journal import Journal, line_of, provenance_path, row_name
+from longlora_plugin.longqa.units import token_count
 from longlora_plugin.longqa.wordings import SPECIAL_TOKENS, as_trained, row_texts
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 102400)
