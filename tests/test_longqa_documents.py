@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from longqa_material import epub, pdf, pdf_bomb, story
 
-from longlora_plugin.longqa import documents
-from longlora_plugin.longqa.documents import Reader, Unreadable, find_files
+from longlora_plugin.longqa import parsers
+from longlora_plugin.longqa.decoding import Unreadable
+from longlora_plugin.longqa.documents import Reader, find_files
 from longlora_plugin.longqa.sections import split_sections
 
 pytest.importorskip("pypdf")
@@ -186,7 +187,7 @@ def test_a_parser_that_takes_too_long_is_ended_and_the_next_file_read(tmp_path):
 def test_a_parser_that_dies_costs_one_file(tmp_path, monkeypatch):
     with Reader() as reader:
         with monkeypatch.context() as patch:
-            patch.setattr(documents.sys, "executable", "/bin/false")
+            patch.setattr(parsers.sys, "executable", "/bin/false")
             with pytest.raises(Unreadable, match="crashed the PDF parser"):
                 read(reader, tmp_path / "a.pdf", pdf([["Words."]]))
         assert read(reader, tmp_path / "a.pdf").text == "Words."

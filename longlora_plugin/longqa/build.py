@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from longlora_plugin.longqa.asker import Asker
-from longlora_plugin.longqa.documents import Reader, Unreadable, find_files, require
+from longlora_plugin.longqa.decoding import Unreadable
+from longlora_plugin.longqa.documents import Reader, find_files
 from longlora_plugin.longqa.endpoint import Budget, Endpoint
 from longlora_plugin.longqa.journal import (
     CannotWrite,
@@ -25,6 +26,7 @@ from longlora_plugin.longqa.journal import (
     provenance_path,
     validation_path,
 )
+from longlora_plugin.longqa.optional import require
 from longlora_plugin.longqa.quality import SAME_DOCUMENT, NearDuplicates
 from longlora_plugin.longqa.sections import windows
 from longlora_plugin.longqa.settings import (

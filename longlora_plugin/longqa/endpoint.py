@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from longlora_plugin.longqa.documents import require
+from longlora_plugin.longqa.optional import require
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 ANSWER_TOKENS = 300

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from longlora_plugin.longqa.documents import require
+from longlora_plugin.longqa.optional import require
 
 SHORTEST_EVIDENCE = 8
 """Characters that are not space below which a quote would stand anywhere by chance."""

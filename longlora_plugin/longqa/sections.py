@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from longlora_plugin.longqa.documents import Document, require
+from longlora_plugin.longqa.documents import Document
+from longlora_plugin.longqa.optional import require
 
 Count = Callable[[Sequence[str]], list[int]]
 """Tokens of each text, without special tokens."""
