@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 
@@ -11,8 +12,9 @@ import yaml
 from click.testing import CliRunner
 from test_end_to_end import write_recipe
 
-from longlora_plugin import attention, doctor
+from longlora_plugin import attention
 from longlora_plugin.cli import longlora
+from longlora_plugin.doctor import machine, trials
 
 CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without GPU lacks")
 
@@ -29,8 +31,8 @@ def run(*arguments: object):
     return CliRunner().invoke(longlora, ["doctor", "--quick", *map(str, arguments)])
 
 
-def state(name: str) -> doctor.Trial:
-    return doctor.tried(name, doctor.trials_for("cpu")[name][0])
+def state(name: str) -> trials.Trial:
+    return trials.tried(name, trials.trials_for("cpu")[name][0])
 
 
 # ---- the machine ----------------------------------------------------------------------------
@@ -38,7 +40,7 @@ def state(name: str) -> doctor.Trial:
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 def test_attention_back_end_works_because_it_equals_the_definition(name):
-    assert state(name).state == doctor.WORKS
+    assert state(name).state == trials.WORKS
 
 
 def test_attention_back_end_that_is_wrong_fails(monkeypatch):
@@ -55,21 +57,21 @@ def test_attention_back_end_that_is_wrong_fails(monkeypatch):
     )
     assert attention.shifted_sparse_attention is backends.shifted_sparse_attention
     trial = state("sdpa")
-    assert trial.state == doctor.FAILS
+    assert trial.state == trials.FAILS
     assert "S²-Attn is wrong by" in trial.detail
 
 
 def test_missing_package_gives_the_install_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    find_spec = doctor.importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        doctor.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name: None if name in ("deepspeed", "flash_attn") else find_spec(name),
     )
     for name, line in (("flash_attention_2", "flash-attn]"), ("deepspeed", "deepspeed]")):
         trial = state(name)
-        assert trial.state == doctor.MISSING
+        assert trial.state == trials.MISSING
         assert "pip install" in trial.detail
         assert line in trial.detail
 
@@ -77,38 +79,38 @@ def test_missing_package_gives_the_install_line(monkeypatch):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_layer_has_the_gradient_of_its_dequantized_weights(bits):
     pytest.importorskip("bitsandbytes")
-    assert state(f"bitsandbytes {bits}-bit").state == doctor.WORKS
+    assert state(f"bitsandbytes {bits}-bit").state == trials.WORKS
 
 
 @CPU
 def test_lost_gradient_after_an_evaluation_is_found(monkeypatch):
     """bitsandbytes repacks 4-bit weights on CPUs with avx512_bf16, and only there."""
     modules = pytest.importorskip("bitsandbytes.nn.modules")
-    name = f"bitsandbytes 4-bit{doctor.AFTER_EVALUATION}"
+    name = f"bitsandbytes 4-bit{trials.AFTER_EVALUATION}"
     repacks = modules.has_avx512bf16()
-    assert state(name).state == (doctor.FAILS if repacks else doctor.WORKS)
+    assert state(name).state == (trials.FAILS if repacks else trials.WORKS)
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
-    assert state(name).state == doctor.WORKS
+    assert state(name).state == trials.WORKS
 
 
 def test_fsdp_step_runs_in_a_process_of_its_own():
     trial = state("fsdp")
-    assert trial.state == doctor.WORKS, trial.detail
+    assert trial.state == trials.WORKS, trial.detail
     assert "equals plain SGD" in trial.detail
     assert not torch.distributed.is_initialized()
 
 
 def test_launcher_that_dies_or_hangs_is_a_finding(monkeypatch):
-    monkeypatch.setattr(doctor, "_need", lambda module: None)
-    monkeypatch.setattr(doctor.sys, "executable", "/bin/false")
+    monkeypatch.setattr(trials, "_need", lambda module: None)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     assert state("deepspeed").detail == "ValueError: it ended with exit status 1"
-    monkeypatch.setattr(doctor, "LAUNCHER_SECONDS", 0.0)
+    monkeypatch.setattr(trials, "LAUNCHER_SECONDS", 0.0)
     assert "no answer after" in state("fsdp").detail
 
 
 def test_axolotl_of_another_version_is_a_problem():
-    assert doctor.unsupported_versions(doctor.versions()) == []
-    (problem,) = doctor.unsupported_versions({"axolotl": "0.18.0"})
+    assert machine.unsupported_versions(machine.versions()) == []
+    (problem,) = machine.unsupported_versions({"axolotl": "0.18.0"})
     assert 'pip install "axolotl' in problem
 
 
@@ -122,7 +124,7 @@ def test_report_without_a_recipe_is_complete_and_exits_0(tmp_path):
     states = {trial["name"]: trial["state"] for trial in report["trials"]}
     assert states["sdpa"] == "works"
     assert states["deepspeed"] == states["fsdp"] == "not tried"
-    assert states.keys() >= doctor.BACKENDS.keys()
+    assert states.keys() >= trials.BACKENDS.keys()
 
 
 # ---- a recipe -------------------------------------------------------------------------------
@@ -192,7 +194,7 @@ def test_quantized_recipe_is_judged_by_the_trial(recipe, monkeypatch):
     def broken(bits, device, evaluated):
         raise ValueError("its output or gradient is wrong by 6.7e-01 of the largest value")
 
-    monkeypatch.setattr(doctor, "try_bitsandbytes", broken)
+    monkeypatch.setattr(trials, "try_bitsandbytes", broken)
     result = run(recipe(load_in_4bit=True))
     assert result.exit_code == 1
     assert "load_in_4bit: true: bitsandbytes 4-bit does not work here" in result.output

@@ -59,7 +59,7 @@ def methods(base: Settings) -> tuple[Row, ...]:
     return (
         Row("full fine-tune", replace(base, method="full")),
         Row("LoRA r=8", replace(base, method="lora")),
-        Row("LoRA r=32", replace(base, method="lora", rank=32)),
+        Row("LoRA r=32", replace(base, method="lora", rank=32), ONE),
         Row("LoRA r=128", replace(base, method="lora", rank=128)),
         Row("LoRA r=8 + norm", replace(base, method="lora+norm")),
         Row("LoRA r=8 + embed", replace(base, method="lora+embed")),

@@ -1,0 +1,79 @@
+"""What this machine and these versions support, each tried rather than assumed; and what a recipe
+comes to here: what is on, what is off, and why.
+
+A back end works where its forward and backward pass agree with the definition of S²-Attn, written
+out densely; a quantized layer where its gradient agrees with the dequantized weights, also after
+an evaluation; a launcher where one step of it, in a process of its own, equals plain SGD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longlora_plugin.doctor.judge import Finding, judge
+from longlora_plugin.doctor.machine import this_device, unsupported_versions, versions
+from longlora_plugin.doctor.trials import NOT_TRIED, Trial, trials_for, tried
+
+
+@dataclass
+class Diagnosis:
+    """Everything the doctor says.
+
+    Attributes:
+        versions: package → version; None where it is not installed.
+        device: `kind` (`cuda` or `cpu`), `name`, `memory` in GiB, `bf16`, `count`.
+        trials: what was tried on this machine.
+        recipe: the recipe's path, if one was given.
+        findings: what is on and what is off in it.
+        problems: why the recipe cannot run here; none where it can.
+        notes: what else to know.
+    """
+
+    versions: dict[str, str | None]
+    device: dict[str, Any]
+    trials: list[Trial]
+    recipe: str | None = None
+    findings: list[Finding] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "runs": None if self.recipe is None else not self.problems}
+
+
+def diagnose(
+    recipe: Path | None = None,
+    *,
+    quick: bool = False,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Diagnosis:
+    """Try what this machine can do and, if given, say what a recipe comes to on it.
+
+    Args:
+        recipe: a YAML file.
+        quick: leave out what starts processes or compiles kernels; the recipe is then not judged
+            by those.
+        progress: called with the name of each trial before it.
+    """
+    device = this_device()
+    trials = []
+    for name, (attempt, slow) in trials_for(device["kind"]).items():
+        progress(name)
+        trials.append(
+            Trial(name, NOT_TRIED, "left out by --quick")
+            if quick and slow
+            else tried(name, attempt)
+        )
+    diagnosis = Diagnosis(versions(), device, trials)
+    diagnosis.problems += unsupported_versions(diagnosis.versions)
+    if recipe is not None:
+        progress(str(recipe))
+        diagnosis.recipe = str(recipe)
+        found = judge(recipe, trials, device)
+        diagnosis.findings = found.findings
+        diagnosis.problems += found.problems
+        diagnosis.notes += found.notes
+    return diagnosis
