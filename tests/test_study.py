@@ -236,6 +236,15 @@ def test_verdicts_ask_every_seed(study, of_seed, verdict):
     assert study.claims.Difference(of_seed).higher() == verdict
 
 
+def test_retrieval_is_judged_in_points(study):
+    points = study.claims.Difference((4.0, 5.0), "points")
+    assert points.equal() == "held"
+    assert points.higher() == "cannot be seen"
+    assert study.claims.Difference((9.0, 5.0), "points").higher() == "held"
+    assert study.claims.Difference((9.0, 5.0), "points").equal() == "did not hold"
+    assert points.text() == "+4.5 points (+4.0 to +5.0, 2 seeds)"
+
+
 def rows_of(study, folder, perplexities):
     """Made rows: (row, seed) → perplexity."""
     (folder / "rows").mkdir()
