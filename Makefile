@@ -14,7 +14,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test test-matrix lint bench docs study install clean
+.PHONY: demo test test-matrix lint bench docs study longqa install clean
 
 install: $(VENV)/.installed
 
@@ -74,6 +74,44 @@ docs: install
 	$(BIN)/pip install --quiet -e ".[docs]"
 	python docs/generate.py
 	mkdocs build --strict
+
+# From books to questions, three seeds of training, and scores on held-out books. Every step is a
+# file: what is finished is not done again. The seeds share all but --seed and their folder.
+LONGQA := outputs/longqa
+LONGQA_RECIPE := examples/configs/longqa-quickstart-cpu.yml
+LONGQA_SEEDS ?= 1 2 3
+LONGQA_SCORES := $(LONGQA_SEEDS:%=$(LONGQA)/scores/seed-%.json)
+
+longqa: $(LONGQA)/scores/base.json $(LONGQA_SCORES)
+	python examples/longqa/table.py $^ --out $(LONGQA)
+
+$(LONGQA)/scores/base.json: $(LONGQA)/heldout.stats.json $(LONGQA)/extended/model.safetensors
+	python examples/longqa/score.py $(LONGQA_RECIPE) $(LONGQA)/heldout.jsonl $@ --model base
+
+$(LONGQA)/scores/seed-%.json: $(LONGQA)/seed-%/adapter_model.safetensors $(LONGQA)/heldout.stats.json
+	python examples/longqa/score.py $(LONGQA_RECIPE) $(LONGQA)/heldout.jsonl $@ \
+		--model seed-$*=$(LONGQA)/seed-$*
+
+$(LONGQA)/seed-%/adapter_model.safetensors: $(LONGQA)/train.stats.json $(LONGQA)/extended/model.safetensors
+	axolotl train $(LONGQA_RECIPE) --launcher python --seed $* --output-dir $(LONGQA)/seed-$*
+
+$(LONGQA)/%.stats.json: $(OUT)/text/%.jsonl
+	python examples/longqa/documents.py $< $(LONGQA)/books/$*
+	axolotl longlora longqa build $(LONGQA)/books/$* $(LONGQA)/$*.jsonl \
+		--tokenizer examples/quickstart/model --context 2048 --seed 0
+	axolotl longlora longqa stats $(LONGQA)/$*.jsonl --sequence-len 2048 --json $@
+
+# A copy, so that another `make demo` does not change the base of what is trained here.
+$(LONGQA)/extended/model.safetensors: | $(OUT)/text/train.jsonl
+	test -f $(OUT)/run/adapter_model.safetensors || axolotl train $(RECIPE) --launcher python
+	test -f $(OUT)/run/merged/model.safetensors || axolotl merge-lora $(RECIPE)
+	rm -rf $(@D) $(@D).partial && mkdir -p $(LONGQA)
+	cp -r $(OUT)/run/merged $(@D).partial && mv $(@D).partial $(@D)
+
+$(OUT)/text/%.jsonl: | $(VENV)/.installed
+	python examples/quickstart/text.py $(OUT)/text
+
+.SECONDARY: $(LONGQA_SEEDS:%=$(LONGQA)/seed-%/adapter_model.safetensors) $(LONGQA)/train.stats.json
 
 clean:
 	rm -rf $(VENV) $(MATRIX_VENV) outputs

@@ -195,6 +195,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+# What `make longqa` copies: the bundled model, extended to 2048 tokens and merged.
+CONFIGS["outputs/longqa/extended"] = {
+    **json.loads((Path(__file__).parents[1] / "examples/quickstart/model/config.json").read_text()),
+    "max_position_embeddings": 2048,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 256,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    },
+}
+
+
 def write(name: str, root: Path) -> Path:
     """Write the config.json of model `name` under `root`; returns its folder."""
     folder = root / name

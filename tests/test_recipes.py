@@ -43,6 +43,7 @@ EXPECTED = {
     "sft-longalpaca": (4096, 16384, "linear", 4, 4096, "lora"),
     "sft-longqa-local": (4096, 16384, "linear", 4, 4096, "lora"),
     "quickstart-cpu": (256, 2048, "yarn", 8, 512, "lora"),
+    "longqa-quickstart-cpu": (256, 2048, "yarn", 8, 512, "lora"),
 }
 
 
