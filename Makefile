@@ -14,7 +14,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test test-matrix lint bench docs study longqa install clean
+.PHONY: demo test test-matrix lint bench docs study smollm2 longqa install clean
 
 install: $(VENV)/.installed
 
@@ -74,6 +74,36 @@ docs: install
 	$(BIN)/pip install --quiet -e ".[docs]"
 	python docs/generate.py
 	mkdocs build --strict
+
+# A real pretrained model in about 35 minutes on one core. Rows and runs that are there are kept.
+SMOLLM2 := outputs/smollm2
+SMOLLM2_RECIPE := examples/configs/smollm2-135m-cpu.yml
+SMOLLM2_PRESETS ?= linear yarn ntk llama3
+SMOLLM2_TRAINED ?= linear
+SMOLLM2_EVAL = --data $(SMOLLM2)/heldout.jsonl --max-tokens 16384 --json $(SMOLLM2)/eval/$(1).json
+# One pass over 16384 tokens: every token is scored once, and its position is its place in the text.
+SMOLLM2_PASS = $(call SMOLLM2_EVAL,$(1)) --lengths 16384 --stride 16384 \
+	--buckets 0,2048,4096,8192,10240,12288,16384
+
+smollm2: install
+	$(BIN)/pip install --quiet "gguf>=0.10" "rdata>=0.11"
+	python examples/smollm2/prepare.py $(SMOLLM2)
+	axolotl longlora eval $(SMOLLM2_RECIPE) --model base $(call SMOLLM2_PASS,unscaled)
+	axolotl longlora eval $(SMOLLM2_RECIPE) --model base $(call SMOLLM2_EVAL,windows) \
+		--lengths 8192 --stride 4096 --tokens $(SMOLLM2)/eval/windows.safetensors
+	for preset in $(SMOLLM2_PRESETS); do \
+		axolotl longlora recipes init smollm2-135m-cpu --set longlora.rope=$$preset \
+			--set output_dir=$(SMOLLM2)/run-$$preset --output $(SMOLLM2)/$$preset.yml --force && \
+		axolotl longlora eval $(SMOLLM2)/$$preset.yml --model base+rope \
+			$(call SMOLLM2_PASS,$$preset) || exit 1; \
+	done
+	for preset in $(SMOLLM2_TRAINED); do \
+		{ test -f $(SMOLLM2)/run-$$preset/adapter_model.safetensors || \
+			axolotl train $(SMOLLM2)/$$preset.yml --launcher python; } && \
+		axolotl longlora eval $(SMOLLM2)/$$preset.yml --model adapter \
+			$(call SMOLLM2_PASS,$$preset-trained) || exit 1; \
+	done
+	python examples/smollm2/table.py $(SMOLLM2)
 
 # From books to questions, three seeds of training, and scores on held-out books. Every step is a
 # file: what is finished is not done again. The seeds share all but --seed and their folder.

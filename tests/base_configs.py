@@ -195,6 +195,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+# What examples/smollm2/prepare.py writes; here for machines where it has not run.
+CONFIGS["outputs/smollm2/model"] = {
+    **CONFIGS["HuggingFaceTB/SmolLM2-135M"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 # What `make longqa` copies: the bundled model, extended to 2048 tokens and merged.
 CONFIGS["outputs/longqa/extended"] = {
     **json.loads((Path(__file__).parents[1] / "examples/quickstart/model/config.json").read_text()),

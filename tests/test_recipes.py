@@ -37,6 +37,7 @@ EXPECTED = {
     "qwen2.5-7b-128k": (32768, 131072, "yarn", 4, 32768, "lora"),
     "qwen3-8b-128k": (32768, 131072, "yarn", 4, 32768, "lora"),
     "smollm2-135m-16k": (8192, 16384, "yarn", 2, 4096, "lora"),
+    "smollm2-135m-cpu": (8192, 16384, "linear", 2, 1024, "lora"),
     "full-finetune-16k": (4096, 16384, "linear", 4, 4096, None),
     "qlora-24gb": (4096, 16384, "linear", 4, 4096, "qlora"),
     "fsdp2-32k": (8192, 32768, "linear", 4, 8192, "lora"),
