@@ -75,6 +75,14 @@ docs: install
 	python docs/generate.py
 	mkdocs build --strict
 
+# Every run is kept, so it can be stopped and goes on; QUICK=1: the main rows, 20 minutes on 2 cores.
+STUDY := outputs/study
+
+study: install | $(OUT)/text/train.jsonl
+	python benchmarks/study run $(if $(QUICK),--quick)
+	test -f $(STUDY)/timing.json || python benchmarks/study time
+	python benchmarks/study report
+
 # A real pretrained model in about 35 minutes on one core. Rows and runs that are there are kept.
 SMOLLM2 := outputs/smollm2
 SMOLLM2_RECIPE := examples/configs/smollm2-135m-cpu.yml
