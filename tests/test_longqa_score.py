@@ -399,6 +399,34 @@ def test_models_asked_different_questions_are_not_compared():
         table.compare(measures(5.0, 6.0), [measures(3.0, 5.0, questions=4)])
 
 
+def result(row: str, worth: float, tokens: int = 1) -> dict:
+    return {
+        **{"row": row, "task": "a", "nll": 10.0, "nll_other": 10.0 + worth},
+        "answer_tokens": tokens,
+    }
+
+
+def test_the_gain_of_worth_is_by_token_and_its_interval_holds_it():
+    before = [result(str(n), 1.0, 2) for n in range(40)]
+    # Two seeds: half of the questions gain 4 and 2 nats, half of them none.
+    after = [[result(str(n), 1.0 + nats * (n % 2), 2) for n in range(40)] for nats in (4, 2)]
+    gain, low, high = table.worth_gains(before, after)["a"]
+    # A mean of 3 nats over 2 tokens, of half of the questions.
+    assert gain == pytest.approx(0.75)
+    # Its standard error is 0.75 / √40 = 0.119.
+    assert low == pytest.approx(0.75 - 1.96 * 0.119, abs=0.05)
+    assert high == pytest.approx(0.75 + 1.96 * 0.119, abs=0.05)
+    shown = table.markdown(
+        table.compare(measures(5.0, 6.0), [measures(3.0, 5.0)]), ["nll"], {"all": (gain, -1, 2)}
+    )
+    assert shown.endswith("| all | 5.00 → 3.00 (3.00 to 3.00) | +0.75 [-1.00, +2.00] |\n")
+
+
+def test_gains_are_not_taken_between_different_questions():
+    with pytest.raises(ValueError, match="not the same questions"):
+        table.worth_gains([result("a", 1.0)], [[result("b", 1.0)]])
+
+
 # ---- make longqa ----------------------------------------------------------------------------
 
 

@@ -2,13 +2,19 @@
 
 Reads what `score.py` wrote: of the model before training, and of one model for each seed. Prints a
 table by task, and writes it as `table.md` and, with every figure of every seed, as `table.json`.
+
+The spread over the seeds says how much depends on the training run. How much depends on which
+questions were drawn, the last column says: the gain in what the document is worth, mean of the
+seeds, with the interval that holds it in 95 % of DRAWS redraws of the questions (bootstrap).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +28,8 @@ COLUMNS = {
     "worth": ("worth of the document", ""),
 }
 """Measure → (its name in the table, `%` where it is a share)."""
+
+DRAWS = 2000
 
 Table = Mapping[str, Mapping[str, float]]
 
@@ -59,6 +67,38 @@ def compare(before: Table, after: Sequence[Table]) -> dict[str, dict[str, dict[s
     return rows
 
 
+def worth_gains(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Sequence[Mapping[str, Any]]]
+) -> dict[str, tuple[float, float, float]]:
+    """Task → gain of `worth`, nats a token, mean of the seeds, and its 95 % interval.
+
+    Args:
+        before: results of the model before training, one for each question.
+        after: of each seed, the same questions in the same order.
+
+    Raises:
+        ValueError: the questions differ.
+    """
+    gains: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for first, *others in zip(before, *after, strict=True):
+        if any(each["row"] != first["row"] for each in others):
+            raise ValueError("not the same questions; score all models on the same rows")
+        worth = [each["nll_other"] - each["nll"] for each in (first, *others)]
+        gain = statistics.fmean(worth[1:]) - worth[0]
+        gains[first["task"]].append((gain, first["answer_tokens"]))
+    found = {}
+    for task, pairs in sorted(gains.items()):
+        draw = random.Random(task)
+        redrawn = sorted(_a_token(draw.choices(pairs, k=len(pairs))) for _ in range(DRAWS))
+        edge = DRAWS * 25 // 1000
+        found[task] = (_a_token(pairs), redrawn[edge], redrawn[-1 - edge])
+    return found
+
+
+def _a_token(pairs: Sequence[tuple[float, int]]) -> float:
+    return sum(gain for gain, _ in pairs) / sum(tokens for _, tokens in pairs)
+
+
 def cell(figures: Mapping[str, Any], share: bool) -> str:
     """`before → mean (min–max)`, shares in per cent."""
     scale, digits = (100, 0) if share else (1, 2)
@@ -68,15 +108,26 @@ def cell(figures: Mapping[str, Any], share: bool) -> str:
     return f"{before} → {mean} ({low} to {high})"
 
 
-def markdown(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], names: Sequence[str]) -> str:
+def markdown(
+    rows: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    names: Sequence[str],
+    gains: Mapping[str, tuple[float, float, float]] | None = None,
+) -> str:
     """A Markdown table of these measures."""
     titles = [f"{COLUMNS[name][0]}{' [%]' if COLUMNS[name][1] == '%' else ''}" for name in names]
-    lines = [f"| task | {' | '.join(titles)} |", "|---" * (len(names) + 1) + "|"]
+    if gains is not None:
+        titles.append("gain of worth [95 % over questions]")
+    lines = [f"| task | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for task, measures in rows.items():
+        extra = "" if gains is None else f" {_gain(gains.get(task))} |"
         cells = [cell(measures[name], COLUMNS[name][1] == "%") for name in names]
         label = f"`{task}`" if task != "all" else "all"
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append(f"| {label} | {' | '.join(cells)} |{extra}")
     return "\n".join(lines) + "\n"
+
+
+def _gain(gain: tuple[float, float, float] | None) -> str:
+    return "" if gain is None else f"{gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}]"
 
 
 def main() -> None:
@@ -87,13 +138,14 @@ def main() -> None:
     args = parser.parse_args()
     before, *after = (json.loads(path.read_text()) for path in (args.before, *args.after))
     rows = compare(before["by_task"], [each["by_task"] for each in after])
+    gains = worth_gains(before["results"], [each["results"] for each in after])
 
     from rich.console import Console
     from rich.markdown import Markdown
 
     text = (
         f"Before training → mean of {len(after)} seeds (lowest to highest).\n\n"
-        + markdown(rows, ["nll", "nll_other", "worth"])
+        + markdown(rows, ["nll", "nll_other", "worth"], gains)
         + "\n"
         + markdown(rows, ["exact", "begins", "first"])
     )
@@ -102,7 +154,8 @@ def main() -> None:
     (args.out / "table.md").write_text(text, encoding="utf-8")
     names = [each["model"] for each in after]
     (args.out / "table.json").write_text(
-        json.dumps({"seeds": names, "tasks": rows}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"seeds": names, "tasks": rows, "worth_gains": gains}, indent=1) + "\n",
+        encoding="utf-8",
     )
 
 
