@@ -17,8 +17,8 @@ from longqa_material import epub, pdf, rows, save_stories, save_tokenizer, story
 
 from longlora_plugin.cli import longlora
 from longlora_plugin.longqa import journal
-from longlora_plugin.longqa.short import read_short
 from longlora_plugin.longqa.journal import provenance_path, validation_path
+from longlora_plugin.longqa.short import read_short
 from longlora_plugin.longqa.wordings import FRAMES, as_trained
 
 for package in ("sentencex", "datasketch", "pypdf", "markitdown"):

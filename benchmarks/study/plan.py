@@ -182,7 +182,7 @@ QUESTIONS = (
             Row(
                 "LoRA r=8, 3e-3", replace(PAPER, finish=0.1, method="lora", learning_rate=3e-3), ONE
             ),
-            Row("LongLoRA, 3e-3", replace(PAPER, finish=0.1, learning_rate=3e-3), ONE),
+            Row("LongLoRA, 3e-4", replace(PAPER, finish=0.1, learning_rate=3e-4), ONE),
         ),
     ),
 )
