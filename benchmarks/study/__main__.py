@@ -71,13 +71,13 @@ def run(
     there = sum(file_of(rows, settings).exists() for settings in wanted)
     click.echo(f"{there} of {len(wanted)} runs are there, in {rows}")
     if any(worker.exitcode for worker in workers):
-        raise click.ClickException("a process failed, see above; run again to go on")
+        raise click.ClickException("runs failed, see above; those that are missing are tried again")
 
 
 @study.command("time")
 @click.pass_obj
 def time_steps(where: tuple[Path, Path]) -> None:
-    """Time a step with full attention, S²-Attn and its groups alternately, in one process."""
+    """Time a step with full attention and with S²-Attn, alternately, in one process."""
     import torch
     from timing import alternate
 

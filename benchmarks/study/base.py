@@ -23,10 +23,8 @@ LINEAR_END = 60
 """Steps over which the rate falls to 0 at the end."""
 
 
-def model_for(task: str, bundled: Path, out: Path, books: Books) -> Path:
-    """Folder of the base model of a task, made first where it is not there."""
-    if task == "books":
-        return bundled
+def retrieval_base(bundled: Path, out: Path, books: Books) -> Path:
+    """Folder of the base model that finds passkeys, made first where it is not there."""
     folder = out / "base-retrieval"
     if not (folder / "config.json").is_file():
         model = _train(bundled, books)

@@ -124,11 +124,12 @@ def plant(windows: Tensor, alphabet: Alphabet, generator: torch.Generator) -> tu
 
 def passkey_test(
     windows: Tensor, alphabet: Alphabet, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Windows [W, N] with a passkey anywhere and all its digits asked for at the end.
 
     Returns:
-        ids [W, N] and keys [W, DIGITS], the answers after each of the last `DIGITS` tokens.
+        ids [W, N]; keys [W, DIGITS], the answers after each of the last `DIGITS` tokens; where
+        each key begins [W].
     """
     ids = torch.where(torch.isin(windows, alphabet.digits), alphabet.filler, windows)
     keys = torch.stack([alphabet.draw(generator) for _ in range(len(windows))])
@@ -136,7 +137,7 @@ def passkey_test(
     for row, (start, key) in enumerate(zip(starts.tolist(), keys, strict=True)):
         ids[row, start : start + DIGITS] = key
     ids[:, -DIGITS:] = alphabet.cues
-    return ids, keys
+    return ids, keys, starts
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Perplexity: windows of the target length that do not overlap, the mean loss of every token in them
 (the original's way with a stride of one window). Retrieval: how often the passkey of a window is
-found, by the length of the window.
+found, by the length of the window, and by how far back it stands in the longest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from data import DIGITS, Books, cut, passkey_test
+from data import DIGITS, Books, passkey_test
 from settings import ORIGINAL_CONTEXT, Settings
 
 from longlora_plugin.evaluation.perplexity import score_documents, token_losses
@@ -23,7 +23,8 @@ WINDOWS = 48
 QUICK_WINDOWS = 12
 """The same while a run goes on."""
 
-RETRIEVAL_WINDOWS = 32
+RETRIEVAL_WINDOWS = 72
+"""Windows of each length, spread over the three books."""
 
 
 def edges_of(target: int) -> list[int]:
@@ -35,7 +36,7 @@ def edges_of(target: int) -> list[int]:
 
 
 def all_of(model: Any, books: Books, settings: Settings, windows: int | None) -> dict[str, Any]:
-    """Perplexity and, where repeats were trained on, retrieval."""
+    """Perplexity and, where passkeys were trained on, retrieval."""
     found = perplexity(model, books, settings.target, windows or WINDOWS)
     if settings.task == "retrieval":
         found["retrieval"] = retrieval(model, books, settings.target)
@@ -74,16 +75,19 @@ def perplexity_in_this_mode(model: Any, books: Books, settings: Settings) -> dic
 
 @torch.no_grad()
 def retrieval(model: Any, books: Books, target: int) -> dict[str, Any]:
-    """How often the passkey of a window is found, by the length of the window."""
+    """Share of the passkeys, and of their digits, that is found in windows of each length."""
     model.eval()
     generator = torch.Generator().manual_seed(1234)
     found: dict[str, Any] = {"exact": {}, "digits": {}}
     for length in edges_of(target)[1:]:
-        windows = cut(books.held_out, length)[:RETRIEVAL_WINDOWS]
-        ids, keys = passkey_test(windows, books.alphabet, generator)
+        windows = books.held_out_windows(length, RETRIEVAL_WINDOWS)
+        ids, keys, starts = passkey_test(windows, books.alphabet, generator)
         right = torch.cat([_answers(model, window[None]) for window in ids]) == keys
         found["exact"][length] = float(right.all(1).double().mean())
         found["digits"][length] = float(right.double().mean())
+        if length == target:
+            far = right[length - starts > target // 2].double()
+            found |= {"far": float(far.mean()), "far_digits": far.numel()}
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ def _measured(figure: Callable[[figures.Measured], float]) -> Callable[..., Valu
 
 def columns_of(question: Question) -> list[Column]:
     """What a question's table shows beside the label and the number of seeds."""
-    settings = question.rows[0].settings
+    settings = question.rows[-1].settings
     if question.name == "steps":
         steps = (*settings.watch, settings.steps)
         return [(f"{step} steps", _measured(figures.at_step(step)), 2) for step in steps]
@@ -50,7 +51,7 @@ def columns_of(question: Question) -> list[Column]:
         ("at 0–256", _measured(figures.at("first")), 2),
         (f"at {settings.target // 2}–{settings.target}", _measured(figures.at("last")), 2),
     ]
-    full = next((row for row in question.rows if row.settings.attention == "full"), None)
+    full = next((row for row in question.rows if row.label == "full attention"), None)
     if full is not None and settings.steps:
         columns.append(("last half against full, %", _against(full), 1))
     if settings.task == "retrieval":
@@ -58,6 +59,7 @@ def columns_of(question: Question) -> list[Column]:
             (f"digits found, {length} tokens, %", _measured(figures.retrieved(length)), 0)
             for length in RETRIEVAL_LENGTHS
         ]
+        columns.append(("found over 1024 back, %", _measured(figures.retrieved_far), 0))
     if question.name in ("attention", "groups"):
         columns.append(("evaluated sparse", _measured(figures.evaluated_sparse), 2))
     if question.name in ("methods", "rates"):
@@ -65,13 +67,25 @@ def columns_of(question: Question) -> list[Column]:
     elif settings.steps:
         columns.append(("attention's cost, %", _cost, 0))
     if settings.steps:
-        columns.append(("s/step", _measured(figures.seconds_a_step), 2))
-        columns.append(("tokens/s", _measured(figures.tokens_a_second), 0))
+        columns.append(("s/step", _fastest(figures.seconds_a_step), 2))
+        columns.append(("tokens/s", _fastest(figures.tokens_a_second, best=max), 0))
     return columns
 
 
+def _fastest(
+    figure: Callable[[figures.Measured], float], best: Callable[..., float] = min
+) -> Callable[[Results, Row], Value | None]:
+    """Of the seed that the machine's other work slowed least; untrained rows have none."""
+
+    def of(results: Results, row: Row) -> Value | None:
+        value = results.value(row, figure) if row.settings.steps else None
+        return Value({0: best(value.of_seed.values())}) if value else None
+
+    return of
+
+
 def _cost(results: Results, row: Row) -> Value | None:
-    return Value({0: 100 * figures.cost(row.settings)})
+    return Value({0: 100 * figures.cost(row.settings)}) if row.settings.steps else None
 
 
 def _against(full: Row) -> Callable[[Results, Row], Value | None]:
@@ -92,11 +106,8 @@ def table_of(question: Question, results: Results) -> Table:
             continue
         cells = [row.label, str(len(results.of(row)))]
         for _, figure, digits in columns:
-            try:
-                value = figure(results, row)
-            except KeyError:  # full attention has no sparse evaluation
-                value = None
-            cells.append(value.text(digits) if value else "–")
+            value = figure(results, row)
+            cells.append(value.text(digits) if value and not math.isnan(value.mean) else "–")
         lines.append(tuple(cells))
     return Table(("", "seeds", *[name for name, _, _ in columns]), lines)
 
@@ -178,8 +189,6 @@ def write_page(results: Results, folder: Path) -> Path:
         image = f"study-{question.name}.png"
         plot(question, results, folder / image)
         parts += [f"## {question.title}", table.markdown(), f"![{question.title}]({image})"]
-        if question.note:
-            parts.append(question.note)
     if results.timing:
         parts += ["## Time", _time_text(results.timing)]
     if results.missing():

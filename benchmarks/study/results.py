@@ -100,16 +100,18 @@ def at(bucket: str) -> Callable[[Measured], float]:
 
 
 def evaluated_sparse(measured: Measured) -> float:
-    return float(measured["evaluated_sparse"]["perplexity"])
+    """NaN where the run had no sparse attention."""
+    return float(measured.get("evaluated_sparse", {}).get("perplexity", "nan"))
 
 
-def retrieved(length: int, what: str = "digits") -> Callable[[Measured], float]:
-    """Share of the digits, or of the whole passkeys (`exact`), found in windows of a length, %."""
+def retrieved(length: int) -> Callable[[Measured], float]:
+    """Share of the digits found in windows of a length, in percent."""
+    return lambda measured: 100 * float(measured["retrieval"]["digits"][str(length)])
 
-    def figure(measured: Measured) -> float:
-        return 100 * float(measured["retrieval"][what][str(length)])
 
-    return figure
+def retrieved_far(measured: Measured) -> float:
+    """Share of the digits found more than half the target length back, in percent."""
+    return 100 * float(measured["retrieval"]["far"])
 
 
 def at_step(step: int) -> Callable[[Measured], float]:

@@ -72,7 +72,7 @@ def full_attention_steps(settings: Settings) -> set[int]:
 
 
 class Attention:
-    """The sparse attention of a run: put on, switched off for a step, seen to have run."""
+    """The sparse attention of a run: put on, switched off for a step or for good."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model, self.settings = model, settings

@@ -5,10 +5,15 @@ A module of its own because a process that is spawned has to import it.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
+import sys
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +24,28 @@ BUNDLED = Path(__file__).parents[2] / "examples/quickstart/model"
 
 
 def work(missing: list[Settings], out: Path, text: Path, until: float | None) -> None:
-    """Make those of the runs that no other process makes."""
+    """Make those of the runs that no other process makes.
+
+    Exits with 1 where one of them failed; the others are made all the same.
+    """
     import torch
 
     torch.set_num_threads(1)
+    parent = os.getppid()
+    failed = False
     for settings in missing:
         path = file_of(out / "rows", settings)
-        if until is not None and time.monotonic() > until:
-            return
-        if path.exists() or not claim(path):
-            continue
-        try:
-            if not path.exists():
+        if os.getppid() != parent or (until is not None and time.monotonic() > until):
+            break
+        with claimed(path) as mine:
+            if not mine or path.exists():
+                continue
+            try:
                 _make(settings, path, out, text)
-        finally:
-            path.with_suffix(".claim").unlink(missing_ok=True)
+            except Exception:
+                failed = True
+                click.echo(f"{settings.key} failed:\n{traceback.format_exc()}", err=True)
+    sys.exit(failed)
 
 
 def _make(settings: Settings, path: Path, out: Path, text: Path) -> None:
@@ -59,29 +71,26 @@ def books_of(text: Path) -> Any:
 
 
 def base_model(task: str, out: Path, text: Path) -> Path:
-    from base import model_for
+    """Folder of the model that the runs of a task start from."""
+    from base import retrieval_base
 
-    return BUNDLED if task == "books" else model_for(task, BUNDLED, out, books_of(text))
+    return BUNDLED if task == "books" else retrieval_base(BUNDLED, out, books_of(text))
 
 
 def file_of(rows: Path, settings: Settings) -> Path:
     return rows / f"{settings.key}.json"
 
 
-def claim(path: Path) -> bool:
-    """Whether this process may make the run; a claim of a process that is gone is void."""
-    mark = path.with_suffix(".claim")
-    while True:
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether nobody else makes `path` now; the kernel gives the claim of a dead process back."""
+    with path.with_suffix(".claim").open("w") as mark:
         try:
-            with mark.open("x") as file:
-                file.write(str(os.getpid()))
-            return True
-        except FileExistsError:
-            try:
-                os.kill(int(mark.read_text() or 0), 0)
-                return False
-            except (ProcessLookupError, OverflowError, ValueError):
-                mark.unlink(missing_ok=True)
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def write(path: Path, content: Any) -> None:
