@@ -11,7 +11,7 @@ import torch
 STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
 MODULES = (
     *("base", "claims", "cost", "data", "measure", "plan", "report", "results"),
-    *("settings", "sinks", "train", "worker"),
+    *("settings", "sinks", "timing", "train", "worker"),
 )
 
 
@@ -220,6 +220,14 @@ def test_a_run_whose_sparse_attention_did_not_run_is_an_error(
     monkeypatch.setattr(study.train.Attention, "train", lambda self, sparse: self.model.eval())
     with pytest.raises(RuntimeError, match="ran 0 times, not 8"):
         study.train.run(settings, *tiny)
+
+
+def test_steps_are_timed_alternately(study, tiny, monkeypatch):
+    monkeypatch.setattr(study.timing, "ROUNDS", 1)
+    monkeypatch.setattr(study.timing, "Settings", lambda: study.settings.Settings(**SHORT))
+    timed = study.timing.alternate(*tiny)
+    seconds = timed["seconds_a_step"]
+    assert timed["s2_over_full"] == pytest.approx(seconds["s2"] / seconds["full"])
 
 
 @pytest.mark.parametrize(
