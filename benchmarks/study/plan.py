@@ -17,6 +17,7 @@ LATE = ("four-times",)
 MAIN = Settings(finish=0.1)
 PAPER = Settings(rope="linear")
 RETRIEVAL = Settings(task="retrieval")
+HARD = replace(RETRIEVAL, rope="linear")
 UNTRAINED = Settings(attention="full", steps=0)
 
 
@@ -78,7 +79,6 @@ def presets(base: Settings, *names: str) -> tuple[Row, ...]:
 
 
 SHARES = {0.02: ONE, 0.05: ONE, 0.1: SEEDS, 0.25: ONE}
-RETRIEVAL_SHARES = {0.02: ONE, 0.05: ONE, 0.1: SEEDS, 0.25: SEEDS}
 
 QUESTIONS = (
     Question(
@@ -107,7 +107,7 @@ QUESTIONS = (
             Row("YaRN, untrained", replace(RETRIEVAL, attention="full", steps=0), ONE),
             Row("full attention", replace(RETRIEVAL, attention="full")),
             Row("S²", RETRIEVAL),
-            *finishing(RETRIEVAL, RETRIEVAL_SHARES),
+            *finishing(RETRIEVAL, SHARES),
             Row("S², random 25% full", replace(RETRIEVAL, random_full=0.25), ONE),
             Row("S², first layer full", replace(RETRIEVAL, full_layers=(0,)), ONE),
             Row("S², groups of 1000", replace(RETRIEVAL, group=1000), ONE),
@@ -116,6 +116,16 @@ QUESTIONS = (
                 replace(RETRIEVAL, attention="sinks", sinks=256),
                 ONE,
             ),
+        ),
+    ),
+    Question(
+        "retrieval-linear",
+        "Finding a passkey, linear RoPE",
+        (
+            Row("linear, untrained", replace(HARD, attention="full", steps=0), ONE),
+            Row("full attention", replace(HARD, attention="full"), ONE),
+            Row("S²", HARD, ONE),
+            *finishing(HARD, {0.1: ONE, 0.25: ONE}),
         ),
     ),
     Question(

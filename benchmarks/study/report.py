@@ -130,7 +130,10 @@ def plot(question: Question, results: Results, path: Path) -> bool:
     if not rows:
         return False
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    draw = {"retrieval": _draw_lengths, "steps": _draw_steps}.get(question.name, _draw_positions)
+    retrieval = rows[0].settings.task == "retrieval"
+    draw = _draw_lengths if retrieval else _draw_positions
+    if question.name == "steps":
+        draw = _draw_steps
     draw(axes, rows, results)
     axes.set_title(question.title)
     axes.legend(fontsize="small")

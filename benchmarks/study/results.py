@@ -40,11 +40,9 @@ class Value:
         return max(self.of_seed.values())
 
     def text(self, digits: int = 2) -> str:
-        """`35.21 (35.02–35.40)`: mean and range; one seed has no range."""
-        mean = f"{self.mean:.{digits}f}"
-        if len(self.of_seed) == 1:
-            return mean
-        return f"{mean} ({self.low:.{digits}f}–{self.high:.{digits}f})"
+        """`35.21 (35.02–35.40)`: mean and range, where the two differ."""
+        mean, low, high = (f"{x:.{digits}f}" for x in (self.mean, self.low, self.high))
+        return mean if low == high else f"{mean} ({low}–{high})"
 
 
 class Results:
