@@ -11,8 +11,12 @@ from settings import Settings
 
 SEEDS = (0, 1, 2)
 ONE = (0,)
-LATE = ("four-times",)
-"""Questions whose rows of one seed are made last."""
+LATE = (
+    *(("four-times", label) for label in ("full attention", "S²", "S², last 10% full")),
+    *(("presets", label) for label in ("dynamic", "none")),
+    ("steps", "full attention"),
+)
+"""(question, label) of rows that are made last."""
 
 MAIN = Settings(finish=0.1)
 PAPER = Settings(rope="linear")
@@ -207,7 +211,7 @@ def runs(*, quick: bool = False) -> list[Settings]:
         quick: only the first seed of the main rows.
     """
     rows = [row for question in QUESTIONS for row in question.rows]
-    late = [row for question in QUESTIONS if question.name in LATE for row in question.rows]
+    late = [row for q in QUESTIONS for row in q.rows if (q.name, row.label) in LATE]
     main = [row for row in rows if row.seeds == SEEDS]
     single = [row for row in rows if row.seeds == ONE]
     first, *further = SEEDS

@@ -15,6 +15,8 @@ from plan import QUESTIONS, Question, Row
 from results import Results, Value
 
 INTRODUCTION = Path(__file__).with_name("introduction.md")
+CONCLUSIONS = Path(__file__).with_name("conclusions.md")
+"""Written by people from the runs in docs/explanation/study.json; says so."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def write_page(results: Results, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     introduction = INTRODUCTION.read_text(encoding="utf-8").strip()
     parts = [introduction, "## Claim by claim", _claims_table(results).markdown()]
+    parts.append(CONCLUSIONS.read_text(encoding="utf-8").strip())
     for question in QUESTIONS:
         table = table_of(question, results)
         if not table.lines:
