@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import results as figures
-from claims import CLAIMS, Verdict, difference
+from claims import CLAIMS, difference
 from plan import QUESTIONS, Question, Row
 from results import Results, Value
 
@@ -114,23 +114,17 @@ def table_of(question: Question, results: Results) -> Table:
     return Table(("", "seeds", *[name for name, _, _ in columns]), lines)
 
 
-def verdicts(results: Results) -> list[Verdict]:
-    return [claim.judge(results) for claim in CLAIMS]
-
-
 # --- plots -----------------------------------------------------------------------------------
 
 
-def plot(question: Question, results: Results, path: Path) -> bool:
-    """The question's picture; False where nothing of it was run."""
+def plot(question: Question, results: Results, path: Path) -> None:
+    """The question's picture, of the rows that were run."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     rows = [row for row in question.rows if results.of(row)]
-    if not rows:
-        return False
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     retrieval = rows[0].settings.task == "retrieval"
     draw = _draw_lengths if retrieval else _draw_positions
@@ -142,7 +136,6 @@ def plot(question: Question, results: Results, path: Path) -> bool:
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    return True
 
 
 def _draw_positions(axes: Any, rows: Sequence[Row], results: Results) -> None:
@@ -219,7 +212,8 @@ def _time_text(timing: dict[str, Any]) -> str:
 
 
 def _claims_table(results: Results) -> Table:
-    lines = [(v.claim, v.paper, v.here, v.verdict) for v in verdicts(results)]
+    verdicts = [claim.judge(results) for claim in CLAIMS]
+    lines = [(v.claim, v.paper, v.here, v.verdict) for v in verdicts]
     return Table(("claim", "paper", "here", "verdict"), lines)
 
 
