@@ -46,7 +46,8 @@ test: install
 MATRIX_PYTHON ?= $(shell for p in $(HOME)/.pyenv/versions/3.12*/bin/python3.12 python3.12; do \
 	$$p -c 'import venv, ensurepip' 2>/dev/null && echo $$p && break; done)
 MATRIX_VENV ?= .venv-matrix
-MATRIX_TESTS := $(addprefix tests/test_,end_to_end.py resume.py merge.py reach.py versions.py)
+MATRIX_TESTS := tests/e2e/test_end_to_end.py tests/e2e/test_reach.py tests/checkpoints/test_resume.py \
+	tests/merge tests/host
 
 test-matrix: $(if $(MATRIX_PYTHON),$(MATRIX_VENV)/.installed)
 ifeq ($(MATRIX_PYTHON),)

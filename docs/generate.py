@@ -77,7 +77,7 @@ yaml-language-server complete and check a recipe whose first line is
 
 
 def _lora_defaults() -> str:
-    from longlora_plugin.lowering import LORA_DEFAULTS, LORA_TARGETS
+    from longlora_plugin.run.prepare import LORA_DEFAULTS, LORA_TARGETS
 
     numbers = ", ".join(
         f"{key.removeprefix('lora_')} {value:g}" for key, value in LORA_DEFAULTS.items()
@@ -186,7 +186,7 @@ def _example(preset: str) -> str:
 
 
 def hooks_page() -> str:
-    from longlora_plugin import hooks, hookspecs
+    from longlora_plugin import hookspecs, registry
 
     example = (DOCS.parent / "examples/plugin-package/longlora_example/__init__.py").read_text()
     parts = [
@@ -203,12 +203,12 @@ exists is named in a warning and skipped. A run fails only if its recipe asks fo
 nobody provides; the error then says which skipped package may have it.
 """,
     ]
-    for hook in hooks.hook_names():
+    for hook in registry.hook_names():
         parts.append(f"## {hook}\n\n{inspect.getdoc(getattr(hookspecs, hook))}\n")
         builtin = [
             f"`{name}`"
-            for name, offer in hooks.survey(hook)[0].items()
-            if offer.owner == hooks.BUILTIN
+            for name, offer in registry.survey(hook)[0].items()
+            if offer.owner == registry.BUILTIN
         ]
         parts.append(f"Built in: {', '.join(builtin)}.\n")
         parts.append(f"```python\n{_source_of(example, hook)}\n```\n")
@@ -268,10 +268,10 @@ def _command(command: click.Command, parent: click.Context, name: str, level: in
 
 
 def recipes_page() -> str:
-    from longlora_plugin.recipes import Listed, shipped
+    from longlora_plugin.recipes import Listed, longlora_recipes
 
     rows = ["| name | base model | `sequence_len` | what |", "|---|---|---|---|"]
-    for name, path in shipped().items():
+    for name, path in longlora_recipes().items():
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         summary = Listed(path, "longlora-plugin").summary
         rows.append(

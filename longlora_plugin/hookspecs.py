@@ -1,8 +1,8 @@
 """Every hook of LongLoRA. A package adds to it by declaring an entry point in group `longlora`.
 
 Each hook returns a mapping from a name, as recipes will write it, to what that name stands for.
-The built-ins (`builtins.py`) come through the same hooks. A hook is called whenever its names are
-needed, so import what is heavy inside it.
+The built-ins come through the same hooks (`registry.BUILTINS`). A hook is called whenever its names
+are needed, so import what is heavy inside it.
 """
 
 from __future__ import annotations

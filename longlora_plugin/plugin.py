@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from longlora_plugin.args import LongLoRAConfig
-from longlora_plugin.host import (
+from longlora_plugin.host.compat import (
     BasePlugin,
     RecipeError,
     after_merge,
     base_config,
-    is_spare,
+    is_duplicate_instance,
     keys_for_merge,
     log,
     merges_base_stored_as,
@@ -20,7 +20,7 @@ from longlora_plugin.host import (
     uses_deepspeed,
     uses_fsdp,
 )
-from longlora_plugin.lowering import asks_for_longlora, lower
+from longlora_plugin.run.prepare import asks_for_longlora, lower
 
 
 class LongLoRAPlugin(BasePlugin):
@@ -37,11 +37,11 @@ class LongLoRAPlugin(BasePlugin):
         self._undo: list[Callable[[], None]] = []
 
     def get_input_args(self) -> str | None:
-        return None if is_spare(self) else "longlora_plugin.args.LongLoRAArgs"
+        return None if is_duplicate_instance(self) else "longlora_plugin.args.LongLoRAArgs"
 
     def register(self, cfg: Any) -> None:
         """Validate the recipe and lower it; nothing is loaded or written before this passes."""
-        if not asks_for_longlora(cfg) or is_spare(self):
+        if not asks_for_longlora(cfg) or is_duplicate_instance(self):
             return
         try:
             base = base_config(cfg)
@@ -82,8 +82,8 @@ class LongLoRAPlugin(BasePlugin):
 
             # Axolotl 0.19 draws LoRA's first values unseeded: two runs of one recipe would differ.
             set_seed(cfg.seed)
-        from longlora_plugin import adapter
-        from longlora_plugin.hooks import find
+        from longlora_plugin.adapter import modules
+        from longlora_plugin.registry import find
 
         self._wanted = names = [
             name
@@ -94,12 +94,12 @@ class LongLoRAPlugin(BasePlugin):
         ]
         if names:
             own = list(cfg.lora_modules_to_save or [])
-            chosen = adapter.shortest_names(model, names)
+            chosen = modules.shortest_names(model, names)
             cfg.lora_modules_to_save = own + [name for name in chosen if name not in own]
-            if "embeddings" in block.trainable and adapter.embeddings_are_tied(model):
+            if "embeddings" in block.trainable and modules.embeddings_are_tied(model):
                 cfg.peft_ensure_weight_tying = True
         if cfg.lora_target_modules and not _any_module_named(model, cfg.lora_target_modules):
-            cfg.lora_target_modules = adapter.attention_projections(model)
+            cfg.lora_target_modules = modules.attention_projections(model)
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         block = self._block(cfg)
@@ -123,7 +123,7 @@ class LongLoRAPlugin(BasePlugin):
             )
         if block.resolved.group_size:
             from longlora_plugin.attention import enable_shifted_attention
-            from longlora_plugin.hooks import find
+            from longlora_plugin.registry import find
 
             try:
                 self._handle = enable_shifted_attention(
@@ -151,9 +151,9 @@ class LongLoRAPlugin(BasePlugin):
             )
 
     def _prepare_adapter(self, cfg: Any, model: Any) -> Any:
-        from longlora_plugin import adapter, masters, zero3
+        from longlora_plugin.adapter import fp32_weights, modules, state, zero3
 
-        untrained = adapter.untrained_modules(model, self._wanted)
+        untrained = modules.untrained_modules(model, self._wanted)
         if untrained:
             reason = (
                 f"lora_model_dir: {cfg.lora_model_dir} was made without them"
@@ -165,17 +165,17 @@ class LongLoRAPlugin(BasePlugin):
                 f"train ({', '.join(untrained[:3])}, …): {reason}. Write "
                 "longlora: {trainable: []}, or start without it"
             )
-        trained = adapter.keep_fp32_masters(model)
+        trained = fp32_weights.train_in_fp32(model)
         if uses_deepspeed(cfg):
-            self._undo.append(zero3.OwnMarks().install().remove)
+            self._undo.append(zero3.ZeRO3HookGuard().install().remove)
         elif cfg.lora_model_dir:
             # PEFT loaded them into copies in the base's dtype, which rounds them.
             try:
-                masters.put(model, masters.read(cfg.lora_model_dir))
+                state.load_adapter_state(model, state.read_adapter_state(cfg.lora_model_dir))
             except ValueError as error:
                 raise RecipeError(f"lora_model_dir: {cfg.lora_model_dir}: {error}") from error
         if uses_fsdp(cfg):
-            self._undo.append(save_fsdp2_adapters_with(masters.write_gathered))
+            self._undo.append(save_fsdp2_adapters_with(state.save_adapter))
         return trained
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
@@ -192,10 +192,10 @@ class LongLoRAPlugin(BasePlugin):
                 )
             )
         if _trains_longlora(block) and (uses_deepspeed(cfg) or uses_fsdp(cfg)):
-            from longlora_plugin.masters import WholeAdapters
+            from longlora_plugin.adapter.callback import SaveWholeAdapter
 
             deepspeed = uses_deepspeed(cfg)
-            self._whole_adapters = WholeAdapters(
+            self._whole_adapters = SaveWholeAdapter(
                 trainer.model,
                 saved_by_peft=deepspeed,
                 start_from=cfg.lora_model_dir if deepspeed else None,
@@ -228,11 +228,11 @@ class LongLoRAPlugin(BasePlugin):
             self._undo.pop()()
 
     def post_lora_merge(self, cfg: Any, adapter_path: str, output_path: str) -> None:
-        if not is_spare(self):
+        if not is_duplicate_instance(self):
             _finish_merge(cfg, Path(adapter_path), Path(output_path))
 
     def _block(self, cfg: Any) -> LongLoRAConfig | None:
-        return None if is_spare(self) else _block(cfg)
+        return None if is_duplicate_instance(self) else _block(cfg)
 
 
 def _block(cfg: Any) -> LongLoRAConfig | None:
@@ -251,7 +251,7 @@ def _any_module_named(model: Any, targets: Any) -> bool:
 
 
 def _check_merge(cfg: Any, base: Any) -> None:
-    from longlora_plugin import merge
+    from longlora_plugin.merge import checks
 
     if not cfg.adapter:
         raise ValueError(
@@ -259,24 +259,26 @@ def _check_merge(cfg: Any, base: Any) -> None:
             f"output_dir ({cfg.output_dir}), which is the result; there is nothing to merge"
         )
     adapter_dir = Path(cfg.lora_model_dir or cfg.output_dir or "./model-out")
-    stored = merge.quantization_method(base)
-    merge.check_not_quantized(cfg.base_model, base, merges_base_stored_as(stored, cfg.merge_method))
-    merge.check_adapter_folder(adapter_dir)
-    merge.check_base_folder(cfg.base_model)
-    merge.check_fits(adapter_dir, cfg.base_model, base)
+    stored = checks.quantization_method(base)
+    checks.check_not_quantized(
+        cfg.base_model, base, merges_base_stored_as(stored, cfg.merge_method)
+    )
+    checks.check_adapter_folder(adapter_dir)
+    checks.check_base_folder(cfg.base_model)
+    checks.check_fits(adapter_dir, cfg.base_model, base)
 
 
 def _finish_merge(cfg: Any, adapter_dir: Path, merged_dir: Path) -> None:
     block = _block(cfg)
     if block is None or block.resolved is None:
         return
-    from longlora_plugin import merge
+    from longlora_plugin.merge import complete
 
     try:
-        notes = merge.complete(
+        notes = complete.complete(
             adapter_dir,
             merged_dir,
-            merge.local_folder(cfg.base_model, cfg.revision_of_model),
+            complete.local_folder(cfg.base_model, cfg.revision_of_model),
             base_config(cfg),
             config_fields=block.resolved.config_fields,
             original_context=block.resolved.original_context,

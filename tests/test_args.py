@@ -104,8 +104,8 @@ def test_ratio_of_less_than_two_tokens_is_refused():
 
 def test_importing_the_package_loads_no_torch():
     code = (
-        "import sys, longlora_plugin, longlora_plugin.args, longlora_plugin.hooks, "
-        "longlora_plugin.recipe, longlora_plugin.rope, longlora_plugin.cli; "
+        "import sys, longlora_plugin, longlora_plugin.args, longlora_plugin.registry, "
+        "longlora_plugin.run.recipe, longlora_plugin.rope, longlora_plugin.cli; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

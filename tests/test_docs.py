@@ -16,7 +16,7 @@ from reference import allowed
 
 from longlora_plugin.args import parse_block
 from longlora_plugin.cli import longlora
-from longlora_plugin.recipes import shipped
+from longlora_plugin.recipes import longlora_recipes as shipped
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

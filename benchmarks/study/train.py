@@ -22,7 +22,7 @@ from sinks import attend_with_sinks
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from longlora_plugin.adapter import embedding_modules, norm_modules, shortest_names
+from longlora_plugin.adapter.modules import embedding_modules, norm_modules, shortest_names
 from longlora_plugin.attention import AttentionPattern, enable_shifted_attention
 from longlora_plugin.rope import apply_rope, resolve_rope
 

@@ -395,7 +395,7 @@ def main() -> None:
     from rich.progress import Progress
 
     from longlora_plugin.evaluation.models import load_tokenizer, model_sources
-    from longlora_plugin.recipe import read_recipe
+    from longlora_plugin.run.recipe import read_recipe
 
     recipe = read_recipe(args.recipe)
     tokenizer = load_tokenizer(recipe)

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from longlora_plugin.attention import documents as docs
+from longlora_plugin.attention import packing
 from longlora_plugin.attention.flex import flex_attention
 from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
 from longlora_plugin.attention.sdpa import eager_kernel, grouped_attention, sdpa_kernel
@@ -117,9 +117,9 @@ def shifted_sparse_attention(
     if 0 in query.shape:
         return query.new_zeros(batch, heads, length, value.shape[-1])
     documents = (
-        docs.whole_rows(batch, length)
+        packing.whole_rows(batch, length)
         if cu_seqlens is None
-        else docs.from_boundaries(cu_seqlens, length)
+        else packing.from_boundaries(cu_seqlens, length)
     )
     out_BNHD = attend(
         query,

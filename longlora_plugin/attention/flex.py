@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from longlora_plugin.attention.documents import Documents
 from longlora_plugin.attention.layout import HeadRun, Segments, segments
+from longlora_plugin.attention.packing import Documents
 from longlora_plugin.attention.sdpa import flatten, unflatten
 
 BLOCK = 128

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.masking_utils import causal_mask_function as plain_causal
 
-from longlora_plugin.attention import documents as docs
+from longlora_plugin.attention import packing
 from longlora_plugin.attention.backends import backend_for, check_group_size
 from longlora_plugin.attention.eligibility import (
     REGISTRY_NAME,
@@ -79,7 +79,7 @@ class ShiftedAttention:
         self._hooks: list[Any] = []
         self._dense_mask: tuple[torch.Tensor, Any] | None = None
         self._copies: WeakSet[torch.nn.Module] = WeakSet()
-        self._documents: tuple[Any, Any, docs.Documents] | None = None
+        self._documents: tuple[Any, Any, packing.Documents] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShiftedAttention:
         # A copied model shares the handle, as it shares `remove()`. `memo` holds the copies of
@@ -223,7 +223,7 @@ class ShiftedAttention:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
-    ) -> docs.Documents:
+    ) -> packing.Documents:
         batch, length = query.shape[0], query.shape[2]
         # Layers of one forward pass get the same objects: look once, not once a layer.
         given = (attention_mask, position_ids, cu_seqlens)
@@ -235,13 +235,13 @@ class ShiftedAttention:
             ):
                 return found
         if cu_seqlens is not None and batch == 1 and attention_mask is None:
-            found = docs.from_boundaries(cu_seqlens, length)
+            found = packing.from_boundaries(cu_seqlens, length)
         else:
             if position_ids is not None and (
                 position_ids.dim() != 2 or position_ids.shape[-1] != length
             ):
                 position_ids = None  # positions of images and the like say nothing of documents
-            found = docs.from_ids(
+            found = packing.from_ids(
                 _ids_of(attention_mask, batch, length),
                 position_ids,
                 batch=batch,
@@ -389,7 +389,7 @@ def _mask_wrapper(stock: Callable[..., Any]) -> Callable[..., Any]:
             and kwargs["mask_function"] is plain_causal
         ):
             return None
-        ids = docs.ids_of_mask(
+        ids = packing.ids_of_mask(
             kwargs["mask_function"],
             padding,
             batch=batch,
@@ -418,7 +418,7 @@ def _stock_mask(document_ids: torch.Tensor, config: Any, dtype: torch.dtype) -> 
         q_length=ids.shape[1],
         kv_length=ids.shape[1],
         mask_function=same_document,
-        attention_mask=ids != docs.PADDING,
+        attention_mask=ids != packing.PADDING,
         allow_is_causal_skip=False,
         dtype=dtype,
         device=ids.device,

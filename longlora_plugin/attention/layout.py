@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 
+from longlora_plugin.hookspecs import hookimpl
+
 Segments = tuple[tuple[int, int], ...]
 """(first token, number of tokens) of each segment, in order, in flattened coordinates."""
 
@@ -52,6 +54,12 @@ def _half_shifted(heads: int, group_size: int) -> list[int]:
 
 S2 = AttentionPattern("s2", _half_shifted)
 PATTERNS = {"s2": S2}
+
+
+@hookimpl
+def longlora_attention_patterns() -> dict[str, AttentionPattern]:
+    """The built-in patterns."""
+    return dict(PATTERNS)
 
 
 @lru_cache(maxsize=64)

@@ -19,8 +19,8 @@ from functools import lru_cache
 import torch
 from torch.nn import functional
 
-from longlora_plugin.attention.documents import Documents
 from longlora_plugin.attention.layout import HeadRun, Segments, ends, segments
+from longlora_plugin.attention.packing import Documents
 
 Kernel = Callable[..., torch.Tensor]
 """Causal attention of a batch of segments:

@@ -13,8 +13,8 @@ from functools import lru_cache
 import torch
 from torch.nn import functional
 
-from longlora_plugin.attention.documents import Documents
 from longlora_plugin.attention.layout import HeadRun, Segments, segments
+from longlora_plugin.attention.packing import Documents
 from longlora_plugin.attention.sdpa import flatten, unflatten
 
 

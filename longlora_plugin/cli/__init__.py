@@ -20,7 +20,9 @@ COMMANDS = {
     "eval": "Perplexity by context length and position.",
     "passkey": "Retrieval of a hidden number by length and depth.",
 }
-"""Command → its line in `--help`; each stands in the module `cli/<command>_command.py`."""
+"""Command → its line in `--help`; its module in this package has the same name."""
+MODULES = {"import": "import_original"}
+"""Where a module cannot have its command's name (a keyword)."""
 
 
 class LazyGroup(click.Group):
@@ -32,7 +34,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"longlora_plugin.cli.{cmd_name}_command")
+        module = importlib.import_module(f"{__name__}.{MODULES.get(cmd_name, cmd_name)}")
         command: click.Command = module.command
         return command
 

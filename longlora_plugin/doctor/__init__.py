@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.doctor.judge import Finding, judge
 from longlora_plugin.doctor.machine import this_device, unsupported_versions, versions
+from longlora_plugin.doctor.needs import Finding, judge
 from longlora_plugin.doctor.trials import NOT_TRIED, Trial, trials_for, tried
 
 

@@ -208,7 +208,7 @@ def try_launcher(launcher: str) -> str:
     """One step under DeepSpeed or FSDP2 in a process of its own."""
     if launcher == "deepspeed":
         _need("deepspeed")
-    command = [sys.executable, "-m", "longlora_plugin.distributed_trial", launcher]
+    command = [sys.executable, "-m", "longlora_plugin.doctor.launcher_step", launcher]
     try:
         done = subprocess.run(
             command,

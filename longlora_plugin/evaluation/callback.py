@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from longlora_plugin.evaluation.documents import read_corpus
+from longlora_plugin.evaluation.data import read_corpus
 from longlora_plugin.evaluation.perplexity import BATCH_TOKENS, token_losses
 from longlora_plugin.evaluation.windows import bucket_edges_for
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.recipe import Recipe
+from longlora_plugin.run.recipe import Recipe
 
 BASE, BASE_ROPE, ADAPTER, TRAINED, MERGED = "base", "base+rope", "adapter", "trained", "merged"
 LABELS = (BASE, BASE_ROPE, ADAPTER, TRAINED, MERGED)

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from longlora_plugin.evaluation.needle_grid import groups_of
-from longlora_plugin.evaluation.report import PLOT_DPI, TABLE, lengths_of
 from longlora_plugin.evaluation.results import Row
+from longlora_plugin.evaluation.tables import PLOT_DPI, TABLE, lengths_of
 
 LIGHTEST = (247, 240, 228)
 DARKEST = (33, 102, 112)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from longlora_plugin.evaluation.documents import Corpus
+from longlora_plugin.evaluation.data import Corpus
 from longlora_plugin.evaluation.results import Row, write_whole
 
 

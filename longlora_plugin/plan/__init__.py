@@ -9,16 +9,16 @@ from longlora_plugin.plan.flops import Flops, forward_flops, step_flops, step_fl
 from longlora_plugin.plan.gpus import GPUS, Gpu, find_gpu
 from longlora_plugin.plan.memory import Memory, Training, memory
 from longlora_plugin.plan.parameters import Parameters, count_parameters
-from longlora_plugin.plan.report import (
+from longlora_plugin.plan.shape import ModelShape, meta_model, shape_of
+from longlora_plugin.plan.tables import (
     Plan,
     Run,
     fits,
     largest_sequence_len,
     plan_recipe,
     plan_run,
-    prepare,
+    planned_run,
 )
-from longlora_plugin.plan.shape import ModelShape, meta_model, shape_of
 
 __all__ = [
     "GPUS",
@@ -39,7 +39,7 @@ __all__ = [
     "meta_model",
     "plan_recipe",
     "plan_run",
-    "prepare",
+    "planned_run",
     "shape_of",
     "step_flops",
     "step_flops_ratio",

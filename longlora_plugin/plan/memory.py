@@ -25,7 +25,7 @@ context      1 GiB for CUDA and its libraries, 1 GiB for NCCL with several GPUs.
 fragments    what the allocator reserves beyond the tensors: FRAGMENTS of activations, loss, layer.
 
 `activations`, `loss` and `layer` were compared with the live tensors of real training steps
-(`tests/test_plan.py`). `context` is two round figures; the one constant fitted to Table 12 is
+(`tests/plan/test_plan.py`). `context` is two round figures; the one constant fitted to Table 12 is
 FRAGMENTS.
 
 Assumptions: the parts add, also `step`, though it runs after the loss is gone: Table 12's full

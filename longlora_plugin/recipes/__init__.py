@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from longlora_plugin.hookspecs import hookimpl
+
 
 @dataclass(frozen=True)
 class Listed:
@@ -53,14 +55,15 @@ def configs_dir() -> Path:
     )
 
 
-def shipped() -> dict[str, Path]:
+@hookimpl
+def longlora_recipes() -> dict[str, Path]:
     """The recipes of this package: name → YAML file."""
     return {path.stem: path for path in sorted(configs_dir().glob("*.yml"))}
 
 
 def available() -> dict[str, Listed]:
     """Every recipe of this package and of installed ones, by name."""
-    from longlora_plugin.hooks import provided, survey
+    from longlora_plugin.registry import provided, survey
 
     provided("longlora_recipes")  # warns of what is skipped
     offers, _ = survey("longlora_recipes")
@@ -73,6 +76,6 @@ def recipe_path(name: str) -> Path:
     Raises:
         ValueError: there is none; names the nearest.
     """
-    from longlora_plugin.hooks import find
+    from longlora_plugin.registry import find
 
     return Path(find("longlora_recipes", name, what="recipe"))

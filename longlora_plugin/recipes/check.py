@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin import lowering
 from longlora_plugin.args import LongLoRAConfig, parse_block
-from longlora_plugin.plan import find_gpu, meta_model, plan_run, prepare
-from longlora_plugin.plan.setup import training_of
-from longlora_plugin.recipe import Recipe, read_yaml
+from longlora_plugin.plan import find_gpu, meta_model, plan_run, planned_run
+from longlora_plugin.plan.from_recipe import training_of
+from longlora_plugin.run import prepare
+from longlora_plugin.run.recipe import Recipe, read_yaml
 
 AXOLOTLS_DEFAULTS = "Auto-enabling"
 """How those of its warnings begin that only say what it does by default."""
@@ -94,7 +94,7 @@ def check_recipe(
         return report
     report.problems += _repeated_keys(Path(path))
 
-    asks = lowering.asks_for_longlora(raw)
+    asks = prepare.asks_for_longlora(raw)
     block = _block(raw, report) if asks else None
     _check_plugin_line(raw, asks, report)
     config = _base_config(raw, base_config, report)
@@ -168,10 +168,10 @@ def _plugins(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _check_plugin_line(raw: Mapping[str, Any], asks: bool, report: Report) -> None:
-    from longlora_plugin import host
+    from longlora_plugin.host import compat
 
     named = any(name.startswith("longlora_plugin") for name in _plugins(raw))
-    if asks and not named and host.LOADS_INSTALLED_PLUGINS:
+    if asks and not named and compat.LOADS_INSTALLED_PLUGINS:
         report.notes.append(
             f"plugins: {PLUGIN} is not among them; this Axolotl loads it all the same, 0.19 and "
             "0.20 would not"
@@ -189,7 +189,7 @@ def _check_plugin_line(raw: Mapping[str, Any], asks: bool, report: Report) -> No
 
 
 def _base_config(raw: Mapping[str, Any], stand_in: str | None, report: Report) -> Any:
-    from longlora_plugin.host import base_config
+    from longlora_plugin.host.compat import base_config
 
     if not raw.get("base_model"):
         return None  # the schema says so
@@ -237,15 +237,15 @@ def _lowered(
     """The recipe as our `register` hands it to Axolotl, as far as it can be decided."""
     lowered = {key: value for key, value in raw.items() if key != "longlora"}
     if raw.get("adapter") == "longlora":
-        lowered |= lowering.adapter_keys(raw)
+        lowered |= prepare.adapter_keys(raw)
     if block is None:
         return lowered
-    found = lowering.problems(raw, block, config)
+    found = prepare.problems(raw, block, config)
     report.problems += found
     if config is None or found:
         return {**lowered, "longlora": block.model_dump(exclude_none=True)}
     try:
-        updates, warnings = lowering.lower(raw, config)
+        updates, warnings = prepare.lower(raw, config)
     except ValueError as error:
         report.problems.append(str(error))
         return lowered
@@ -275,7 +275,7 @@ def _lowered(
 def _check_schema(
     raw: Mapping[str, Any], lowered: dict[str, Any], gpu: str, gpus: int, report: Report
 ) -> bool:
-    from longlora_plugin.host import check_schema
+    from longlora_plugin.host.schema import check_schema
 
     named = _plugins(raw)
     if "longlora" in lowered and not any(name.startswith("longlora_plugin") for name in named):
@@ -299,7 +299,7 @@ def _check_schema(
 def _with_overrides(config: Any, lowered: Mapping[str, Any]) -> Any:
     """The base's config with the recipe's `model_config`, as Axolotl will build the model."""
     config = copy.deepcopy(config)
-    for section in lowering.MODEL_CONFIG_KEYS:
+    for section in prepare.MODEL_CONFIG_KEYS:
         for key, value in (lowered.get(section) or {}).items():
             setattr(config, key, value)
     return config
@@ -308,7 +308,7 @@ def _with_overrides(config: Any, lowered: Mapping[str, Any]) -> Any:
 def _check_model(recipe: Recipe, config: Any, report: Report) -> bool:
     """Ask the model, built without weights, which modules train and which layers S²-Attn covers."""
     from longlora_plugin.attention import enable_shifted_attention
-    from longlora_plugin.hooks import find
+    from longlora_plugin.registry import find
 
     before = len(report.problems)
     try:
@@ -348,7 +348,7 @@ def _check_model(recipe: Recipe, config: Any, report: Report) -> bool:
 
 
 def _check_memory(recipe: Recipe, config: Any, card: Any, gpus: int, report: Report) -> None:
-    run = _told(lambda: prepare(recipe, config, gpus), report)
+    run = _told(lambda: planned_run(recipe, config, gpus), report)
     if not run:
         return
     report.notes += run.notes

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from longlora_plugin.args import LongLoRAConfig
-from longlora_plugin.hooks import provided
+from longlora_plugin.registry import provided
 
 
 def recipe_schema() -> dict[str, Any]:

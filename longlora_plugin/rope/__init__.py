@@ -6,7 +6,7 @@ same number for an unscaled model. `base` reads them from a config, `presets` ho
 `resolve` puts both together. Loads no torch, and transformers only to read a config by its type.
 """
 
-from longlora_plugin.rope.base import (
+from longlora_plugin.rope.base_config import (
     has_rope,
     original_context_of,
     rope_parameters_of,

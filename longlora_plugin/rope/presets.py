@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from longlora_plugin.hookspecs import hookimpl
+
 SCALING_KEYS = (
     *("rope_type", "factor", "original_max_position_embeddings", "attention_factor"),
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
@@ -245,6 +247,12 @@ PRESETS: dict[str, Callable[[RopeRequest], dict[str, Any]]] = {
     "none": none,
 }
 """The built-in presets by the names recipes use."""
+
+
+@hookimpl
+def longlora_rope_presets() -> dict[str, Callable[..., Any]]:
+    """The built-in presets."""
+    return dict(PRESETS)
 
 
 def _only(request: RopeRequest, *allowed: str) -> None:

@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from longlora_plugin import hooks
-from longlora_plugin.rope.base import (
+from longlora_plugin import registry
+from longlora_plugin.rope.base_config import (
     contexts_of,
     extended_layer,
     maximum_of,
@@ -73,7 +73,7 @@ def resolve_rope(
         ValueError: a wrong preset, option or target; a base model without RoPE; a scaling of the
             base that the preset cannot extend; a model type that does not take the result.
     """
-    function = hooks.find("longlora_rope_presets", str(preset), what="RoPE preset")
+    function = registry.find("longlora_rope_presets", str(preset), what="RoPE preset")
     target = _tokens("sequence_len", target_context)
     if original_context is not None:
         original_context = _tokens("original_context", original_context)

@@ -1,0 +1,1 @@
+"""What trains, with which precision, and how its weights are gathered, saved and loaded."""

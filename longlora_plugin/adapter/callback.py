@@ -1,0 +1,79 @@
+"""Whole fp32 adapters in every checkpoint and at the end of a run under DeepSpeed or FSDP2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from longlora_plugin.adapter.state import (
+    gather_adapter_state,
+    load_adapter_state,
+    read_adapter_state,
+    save_adapter,
+    save_adapter_state,
+)
+
+
+class SaveWholeAdapter(TrainerCallback):
+    """Whole fp32 adapters in every checkpoint and, through `finish`, at the end.
+
+    Args:
+        model: the PEFT model.
+        saved_by_peft: whether checkpoints have an adapter already (DeepSpeed's, rounded to bf16)
+            or none (FSDP2's).
+        start_from: folder or name of an adapter that the run continues from, where that is to be
+            set once training begins.
+    """
+
+    def __init__(
+        self, model: Any, *, saved_by_peft: bool, start_from: str | Path | None = None
+    ) -> None:
+        self.model = model
+        self.saved_by_peft = saved_by_peft
+        self.start_from = start_from
+        self._last: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        # A resumed run has its masters from the checkpoint.
+        if self.start_from is not None and state.global_step == 0:
+            load_adapter_state(self.model, read_adapter_state(self.start_from))
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not self.saved_by_peft:
+            save_adapter(self.model, folder)
+            return
+        tensors = gather_adapter_state(self.model)
+        if tensors:
+            save_adapter_state(folder, tensors, into=True)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self.saved_by_peft:
+            self._last = gather_adapter_state(self.model)
+
+    def finish(self, folder: Path) -> None:
+        """Put the fp32 tensors into the adapter that was saved at the end; no communication."""
+        if self._last:
+            save_adapter_state(folder, self._last, into=True)
+            self._last = {}

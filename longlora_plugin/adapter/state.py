@@ -1,0 +1,161 @@
+"""Whole fp32 adapters from training that spreads or rounds them, and back.
+
+DeepSpeed rounds a bf16 run's parameters to bf16 and keeps its fp32 masters in the optimizer, so
+what it saves has lost every update of relative size 2⁻⁹ or less: at the paper's learning rate all
+of the norms'. FSDP2 shards masters over the processes, and its checkpoints hold no adapter. Here
+the masters are gathered, whole, under the names of PEFT's files, and put back from such a file.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ADAPTER_FILE = "adapter_model.safetensors"
+WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
+"""What activation checkpointing, FSDP and torch.compile put into parameter names."""
+
+
+def name_in_file(parameter: str, adapter: str = "default") -> str:
+    """The name PEFT's file has for a trained parameter of a PEFT model."""
+    for wrapper in WRAPPERS:
+        parameter = parameter.replace(wrapper, "")
+    name = re.sub(rf"(\.modules_to_save)?\.{re.escape(adapter)}(?=\.|$)", "", parameter)
+    # PEFT kept the name DoRA's magnitudes had when they were no module.
+    return re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", name)
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Name in PEFT's file → trained parameter; tied parameters under each of their names."""
+    return {
+        name_in_file(name): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad
+    }
+
+
+def gather_adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every trained tensor, whole, in fp32, on the CPU. All processes must call it.
+
+    Returns:
+        Name in PEFT's file → tensor; empty on every process but the first.
+    """
+    parameters = trained_parameters(model)
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    whole: dict[str, torch.Tensor] = {}
+    held: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if id(parameter) in held:
+            if first:
+                whole[name] = whole[held[id(parameter)]].clone()
+            continue
+        held[id(parameter)] = name
+        tensor = _whole(parameter)
+        if first:
+            whole[name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return whole
+
+
+def load_adapter_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Set every trained parameter, or DeepSpeed's master of it, to a saved tensor's exact value.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape; nothing was set.
+    """
+    names: dict[int, list[str]] = {}
+    parameters: dict[int, Any] = {}
+    for name, parameter in trained_parameters(model).items():
+        names.setdefault(id(parameter), []).append(name)
+        parameters[id(parameter)] = parameter
+    found = {key: next((n for n in names[key] if n in tensors), None) for key in parameters}
+    missing = sorted(names[key][0] for key, name in found.items() if name is None)
+    if missing:
+        raise ValueError(
+            f"the adapter lacks {len(missing)} of the {len(parameters)} tensors that this recipe "
+            f"trains: {_some(missing)}; it was trained with other lora_target_modules or "
+            "longlora: {trainable: …}"
+        )
+    values = {key: tensors[str(name)] for key, name in found.items()}
+    wrong = [
+        f"{found[key]} is {tuple(values[key].shape)}, the model's {tuple(_shape(parameter))}"
+        for key, parameter in parameters.items()
+        if values[key].shape != _shape(parameter)
+    ]
+    if wrong:
+        raise ValueError(f"the adapter belongs to another base model: {_some(wrong)}")
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            if _is_deepspeeds(parameter):
+                from deepspeed.utils import safe_set_full_fp32_param
+
+                value = values[key].to(parameter.device, torch.float32)
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                parameter.copy_(values[key])
+
+
+def read_adapter_state(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's folder, as saved."""
+    from peft.utils import load_peft_weights
+
+    return load_peft_weights(str(folder), device="cpu")
+
+
+def save_adapter_state(
+    folder: Path, tensors: Mapping[str, torch.Tensor], *, into: bool = False
+) -> None:
+    """Write an adapter's tensors; an existing file is replaced only by a complete one.
+
+    Args:
+        into: keep what else an existing file holds. PEFT saves an output head beside embeddings
+            that new tokens made longer.
+    """
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / ADAPTER_FILE
+    if into and file.is_file():
+        tensors = {**load_file(file), **tensors}
+    partial = folder / f"{ADAPTER_FILE}.partial"
+    save_file(dict(tensors), partial, metadata={"format": "pt"})
+    partial.replace(file)
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write the whole fp32 adapter and its config, anew. All processes must call it."""
+    tensors = gather_adapter_state(model)
+    if tensors:
+        save_adapter_state(folder, tensors)
+        config = copy.copy(model.peft_config[model.active_adapter])
+        config.inference_mode = True  # as PEFT saves it
+        config.save_pretrained(str(folder))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _whole(parameter: Any) -> torch.Tensor:
+    if _is_deepspeeds(parameter):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+    if hasattr(parameter, "full_tensor"):
+        return parameter.full_tensor()
+    return parameter.data
+
+
+def _is_deepspeeds(parameter: Any) -> bool:
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
+
+
+def _shape(parameter: Any) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _some(items: list[str], shown: int = 3) -> str:
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return ", ".join(items[:shown]) + more

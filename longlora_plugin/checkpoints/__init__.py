@@ -1,0 +1,1 @@
+"""Checkpoints of a run, and those of the original LongLoRA project."""

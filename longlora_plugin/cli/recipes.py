@@ -1,0 +1,205 @@
+"""`axolotl longlora recipes`: list, show, start from, check; the block's JSON Schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from longlora_plugin.recipes.check import Report
+
+
+@click.group("recipes")
+def command() -> None:
+    """Recipes to start from, and a check of any recipe."""
+
+
+@command.command("list")
+@click.option("--json", "json_path", metavar="FILE", help="Write the list as JSON.")
+def list_recipes(json_path: str | None) -> None:
+    """Recipes of this package and of installed ones."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from longlora_plugin.recipes import available
+    from longlora_plugin.run.recipe import read_yaml
+
+    table = Table("name", "base model", "context", "what", "from")
+    rows = []
+    for name, listed in sorted(available().items()):
+        raw = read_yaml(listed.path)
+        base, length = str(raw.get("base_model")), raw.get("sequence_len")
+        table.add_row(name, base, str(length), listed.summary, listed.owner)
+        rows.append(
+            {
+                "name": name,
+                "path": str(listed.path),
+                "base_model": base,
+                "sequence_len": length,
+                "summary": listed.summary,
+                "from": listed.owner,
+            }
+        )
+    Console().print(table)
+    click.echo("Start from one: axolotl longlora recipes init NAME")
+    _write_json(json_path, rows)
+
+
+@command.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Print recipe NAME."""
+    click.echo(_path_of(name).read_text(encoding="utf-8"), nl=False)
+
+
+@command.command()
+@click.argument("name")
+@click.option(
+    "--set",
+    "settings",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Change or add a value, e.g. --set sequence_len=65536 --set longlora.rope=yarn.",
+)
+@click.option("--output", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--force", is_flag=True, help="Overwrite FILE.")
+def init(name: str, settings: tuple[str, ...], output: Path | None, force: bool) -> None:
+    """Write recipe NAME to a file of your own (NAME.yml), its comments kept."""
+    from longlora_plugin.recipes.start import start_from
+
+    source = _path_of(name)
+    target = output or Path(f"{name}.yml")
+    if target.exists() and not force:
+        raise click.UsageError(f"{target} exists; write --force, or another --output")
+    try:
+        written = start_from(source, target, list(settings))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    for path in written:
+        click.echo(f"wrote {path}")
+    click.echo(f"next: axolotl longlora recipes check {target}")
+
+
+@command.command()
+@click.argument(
+    "files",
+    nargs=-1,
+    required=True,
+    metavar="FILE…",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+)
+@click.option("--gpu", metavar="NAME", help="Must fit this GPU: a100-80gb, …, or a size: 48gb.")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--base-config",
+    metavar="FOLDER",
+    help="Take the base model's config.json from here (where the hub cannot be reached).",
+)
+@click.option("--json", "json_path", metavar="FILE", help="Write the findings as JSON.")
+@click.pass_context
+def check(
+    ctx: click.Context,
+    files: tuple[Path, ...],
+    gpu: str | None,
+    gpus: int,
+    base_config: str | None,
+    json_path: str | None,
+) -> None:
+    """Check recipes as Axolotl and LongLoRA will see them; loads no model.
+
+    Says everything that is wrong at once. Exit status: 0 all are right, 1 something is wrong, 2
+    wrong usage. A base model that cannot be reached is a note, not a problem.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from longlora_plugin.plan import find_gpu
+    from longlora_plugin.recipes.check import check_recipe
+
+    if gpu:
+        try:
+            find_gpu(gpu)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+    progress = Console(stderr=True)
+    reports = [
+        check_recipe(path, gpu=gpu, gpus=gpus, base_config=base_config)
+        for path in track(
+            files, "checking", console=progress, transient=True, disable=not progress.is_terminal
+        )
+    ]
+    for report in reports:
+        _print_report(report)
+    _write_json(
+        json_path,
+        [
+            {
+                "path": str(report.path),
+                "ok": report.ok,
+                "problems": report.problems,
+                "notes": report.notes,
+                "resolved": report.resolved,
+            }
+            for report in reports
+        ],
+    )
+    ctx.exit(0 if all(report.ok for report in reports) else 1)
+
+
+@command.command()
+@click.option("--output", metavar="FILE", help="Write to a file instead of the terminal.")
+def schema(output: str | None) -> None:
+    """JSON Schema of the longlora: block, for editors."""
+    from longlora_plugin.recipes.schema import recipe_schema
+
+    text = json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    Path(output).write_text(text, encoding="utf-8")
+    click.echo(f"wrote {output}; first line of a recipe: # yaml-language-server: $schema={output}")
+
+
+def _path_of(name: str) -> Path:
+    from longlora_plugin.recipes import recipe_path
+
+    try:
+        return recipe_path(name)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _print_report(report: Report) -> None:
+    count = len(report.problems)
+    verdict = "ok" if report.ok else f"{count} problem{'s' * (count != 1)}"
+    click.secho(f"{report.path}: {verdict}", fg="green" if report.ok else "red", bold=True)
+    for text in report.problems:
+        click.echo("  ✗ " + text.replace("\n", "\n    "))
+    for text in report.notes:
+        click.echo("  · " + text.replace("\n", "\n    "))
+    if report.resolved:
+        click.echo("  → " + ", ".join(_facts(report.resolved)))
+
+
+def _facts(resolved: dict[str, Any]) -> list[str]:
+    rope = resolved["rope_parameters"]
+    scaling = rope.get("rope_type", "for each layer type")
+    if "factor" in rope:
+        scaling += f" × {rope['factor']:g}"
+    group = resolved["group_size"]
+    return [
+        f"adapter {resolved['adapter'] or 'none (full fine-tune)'}",
+        f"context {resolved['original_context']:,} to {resolved['target_context']:,} tokens",
+        f"RoPE {scaling}",
+        f"groups of {group:,}" if group else "full attention",
+    ]
+
+
+def _write_json(path: str | None, content: Any) -> None:
+    if path:
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+        click.echo(f"figures: {path}")

@@ -1,0 +1,104 @@
+"""One training step of a tiny model under DeepSpeed or FSDP2, in a process of its own.
+
+`python -m longlora_plugin.doctor.launcher_step deepspeed|fsdp` prints one line saying what ran; any
+error ends it with a traceback. `doctor` starts it: a launcher that hangs or dies takes nothing
+down with it, and the process group it makes is gone afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from typing import Any
+
+import torch
+
+WIDTH = 16
+
+
+def _environment(device: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    if device == "cuda":
+        torch.cuda.set_device(0)
+
+
+def _model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, 1))
+
+
+def _stepped(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The model's parameters after one step of plain SGD: what each launcher must give."""
+    model(x).pow(2).mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def _compare(trained: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for got, wanted in zip(trained, expected, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+def try_deepspeed(device: str) -> str:
+    """A ZeRO-2 step. Returns what ran; raises whatever DeepSpeed raises, or AssertionError."""
+    import deepspeed
+
+    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo")
+    x = torch.linspace(-1, 1, 4 * WIDTH, device=device).view(4, WIDTH)
+    expected = _stepped(_model().to(device), x)
+    model = _model().to(device)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        config={
+            "train_batch_size": 1,
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+        },
+    )
+    engine.backward(engine(x).pow(2).mean())
+    engine.step()
+    _compare([p.detach() for p in engine.module.parameters()], expected)
+    return f"deepspeed {deepspeed.__version__}: a ZeRO-2 step on {device} equals plain SGD"
+
+
+def try_fsdp(device: str) -> str:
+    """An FSDP2 step. Returns what ran; raises whatever torch raises, or AssertionError."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    x = torch.linspace(-1, 1, 4 * WIDTH, device=device).view(4, WIDTH)
+    expected = _stepped(_model().to(device), x)
+    model: Any = _model().to(device)
+    fully_shard(model, mesh=init_device_mesh(device, (1,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).pow(2).mean().backward()
+    optimizer.step()
+    _compare([p.full_tensor().detach() for p in model.parameters()], expected)
+    return f"torch {torch.__version__}: an FSDP2 step on {device} equals plain SGD"
+
+
+def main(launcher: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _environment(device)
+    done = {"deepspeed": try_deepspeed, "fsdp": try_fsdp}[launcher](device)
+    print(f"TRIAL {done}")
+    sys.stdout.flush()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

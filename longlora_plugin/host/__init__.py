@@ -1,0 +1,1 @@
+"""Axolotl: what differs between its versions, and its schema."""

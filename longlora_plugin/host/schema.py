@@ -1,0 +1,261 @@
+"""Axolotl's own schema: what it refuses, warns of and ignores in a recipe."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class SchemaReport:
+    """What Axolotl's own validation says of a recipe.
+
+    Attributes:
+        config: the validated recipe; None where there are problems.
+        problems: what Axolotl refuses.
+        warnings: what it warns of.
+        unknown: key → keys like it, for every key that nobody reads; Axolotl drops those in
+            silence. Of the plugins in `plugins_missing` the keys are not known.
+        plugins_missing: plugins of the recipe that need a package which is not installed here.
+    """
+
+    config: dict[str, Any] | None = None
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    unknown: dict[str, list[str]] = field(default_factory=dict)
+    plugins_missing: list[str] = field(default_factory=list)
+
+
+def check_schema(recipe: Mapping[str, Any], capabilities: Mapping[str, Any]) -> SchemaReport:
+    """Validate a lowered recipe as `axolotl train` would on a GPU of the given capabilities.
+
+    Axolotl stops at its first cross-check that fails; here that check is set aside and the rest
+    goes on. Cross-checks that run after the fields are left out where a field is wrong.
+
+    Args:
+        recipe: as our `register` leaves it.
+        capabilities: `bf16`, `fp8`, `tf32`, `n_gpu`, `compute_capability` (`sm_80`).
+    """
+    import torch
+    from axolotl.integrations.base import PluginManager
+    from axolotl.integrations.config import merge_input_args
+    from axolotl.utils import config as validation
+    from axolotl.utils.dict import DictDefault
+
+    report = SchemaReport()
+    manager = PluginManager.get_instance()
+    before = dict(manager.plugins)
+    environment = {"torch_version": str(torch.__version__).split("+", maxsplit=1)[0]}
+    cfg = DictDefault(copy.deepcopy(dict(recipe)))
+    with _warnings_into(report.warnings):
+        try:
+            manager.plugins.clear()
+            _load_plugins(manager, cfg, report)
+            schema = merge_input_args()[0]
+            report.unknown = _unknown_keys(schema, cfg)
+            try:
+                valid = validation.validate_config(
+                    copy.deepcopy(cfg),
+                    capabilities=dict(capabilities),
+                    env_capabilities=environment,
+                )
+                report.config = dict(valid)
+            except Exception:
+                manager.on_config_validation_error(cfg)
+                data = {
+                    **cfg.to_dict(),
+                    "capabilities": dict(capabilities),
+                    "env_capabilities": environment,
+                }
+                found = list(_dataset_problems(cfg))
+                rows = cfg.get("datasets")
+                if not isinstance(rows, list) or all(isinstance(row, Mapping) for row in rows):
+                    found += _all_problems(schema, data)  # it crashes on a row that is no block
+                report.problems += found or ["Axolotl refuses this recipe"]
+        finally:
+            manager.plugins.clear()
+            manager.plugins.update(before)
+    return report
+
+
+def _load_plugins(manager: Any, cfg: Any, report: SchemaReport) -> None:
+    from axolotl.integrations.base import load_plugin
+
+    names = cfg.get("plugins")
+    for name in dict.fromkeys(map(str, names if isinstance(names, list) else [])):
+        try:
+            plugin = load_plugin(name)
+        except ModuleNotFoundError as error:
+            parts = name.replace(":", ".").split(".")
+            own = str(error.name or "").removeprefix("axolotl.integrations.")
+            if own and own.split(".")[0] in (parts[0], "axolotl"):
+                report.problems.append(f"plugins: there is no {name} ({error})")
+            else:
+                report.plugins_missing.append(f"{name} ({error})")
+            continue
+        except (AttributeError, ValueError, ImportError) as error:
+            report.problems.append(f"plugins: {name} does not load: {error}")
+            continue
+        manager.plugins[name] = plugin
+        if type(plugin).__module__.split(".")[0] == "longlora_plugin":
+            continue  # the recipe is lowered already
+        try:
+            plugin.register(cfg)
+        except Exception as error:
+            report.problems.append(f"plugins: {name} refuses this recipe: {error}")
+
+
+def _keys_of(schema: Any) -> set[str]:
+    keys: set[str] = set()
+    for name, each in schema.model_fields.items():
+        choices = getattr(each.validation_alias, "choices", None)
+        keys.update(filter(None, (name, each.alias)))
+        keys.update(str(choice) for choice in choices or [each.validation_alias] if choice)
+    return keys
+
+
+def _all_problems(schema: Any, data: Mapping[str, Any]) -> list[str]:
+    """Every problem Axolotl's schema has, its cross-checks set aside one by one as they fail."""
+    from axolotl.utils import config as validation
+    from pydantic import ValidationError
+
+    validate = getattr(
+        validation, "_model_with_inherited_default_fallback", lambda model, values: model(**values)
+    )
+    problems: list[str] = []
+    values = dict(data)
+    aside: set[str] = set()
+    for _ in range(len(schema.__pydantic_decorators__.model_validators)):
+        try:
+            validate(_without(schema, aside) if aside else schema, copy.deepcopy(values))
+            break
+        except ValidationError as error:
+            details = error.errors()
+            causes = [each for each in details if not each["loc"]]
+            problems += [text for text in _explanations(details) if text not in problems]
+            found = {name for each in causes for name in _functions_of(each["ctx"]["error"])}
+            found &= set(schema.__pydantic_decorators__.model_validators)
+            if not found:
+                break
+            aside |= found
+        except Exception as error:
+            problems.append(str(error))
+            names = _functions_of(error)
+            validators = schema.__pydantic_decorators__
+            fields = {
+                each
+                for name, validator in validators.field_validators.items()
+                if name in names
+                for each in validator.info.fields
+            }
+            found = names & set(validators.model_validators)
+            if not found and not fields & set(values):
+                break
+            aside |= found
+            values = {key: value for key, value in values.items() if key not in fields}
+    return problems
+
+
+def _without(schema: Any, validators: set[str]) -> Any:
+    """A copy of a pydantic model that lacks some of its model validators."""
+    model = type(schema.__name__, (schema,), {"__module__": schema.__module__})
+    for name in validators:
+        model.__pydantic_decorators__.model_validators.pop(name, None)  # type: ignore[attr-defined]
+    model.model_rebuild(force=True)  # type: ignore[attr-defined]
+    return model
+
+
+def _functions_of(error: BaseException) -> set[str]:
+    names = set()
+    traceback = error.__traceback__
+    while traceback is not None:
+        names.add(traceback.tb_frame.f_code.co_name)
+        traceback = traceback.tb_next
+    return names
+
+
+def _dataset_class(recipe: Mapping[str, Any], row: Mapping[str, Any]) -> Any:
+    """The class as which Axolotl reads a row of `datasets`."""
+    from axolotl.utils.schemas import datasets
+
+    if recipe.get("rl") in ("dpo", "ipo", "simpo"):
+        return datasets.DPODataset
+    if recipe.get("rl") == "kto":
+        return datasets.KTODataset
+    return datasets.SyntheticDataset if row.get("type") == "_synthetic" else datasets.SFTDataset
+
+
+def _dataset_problems(recipe: Mapping[str, Any]) -> Iterator[str]:
+    from pydantic import ValidationError
+
+    rows = recipe.get("datasets")
+    for index, row in enumerate(rows if isinstance(rows, list) else []):
+        if not isinstance(row, Mapping):
+            yield f"datasets.{index}: got {row!r}; write a block of keys such as path and type"
+            continue
+        try:
+            _dataset_class(recipe, row)(**dict(row))
+        except ValidationError as error:
+            for text in _explanations(error.errors()):
+                yield f"datasets.{index}.{text}"
+
+
+def _unknown_keys(schema: Any, recipe: Mapping[str, Any]) -> dict[str, list[str]]:
+    places = [("", recipe, schema)]
+    for section in ("datasets", "test_datasets"):
+        rows = recipe.get(section)
+        for index, row in enumerate(rows if isinstance(rows, list) else []):
+            if isinstance(row, Mapping):
+                places.append((f"{section}.{index}.", row, _dataset_class(recipe, row)))
+    unknown = {}
+    for where, given, model in places:
+        known = _keys_of(model)
+        if model.model_config.get("extra") == "allow":
+            continue
+        for key, value in given.items():
+            if key not in known and value is not None:
+                near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.7)
+                unknown[f"{where}{key}"] = near
+    return unknown
+
+
+def _explanations(details: list[Any]) -> Iterator[str]:
+    for each in details:
+        where = [str(part) for part in each["loc"]]
+        if where[0:1] == ["datasets"] and len(where) > 1:
+            continue  # a union of classes here; `_dataset_problems` asks the one that counts
+        message = each["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        key = ".".join(where)
+        if not key:
+            yield message
+        elif each["type"] in ("missing", "value_error"):
+            yield f"{key}: {message}"
+        else:
+            yield f"{key}: got {each['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+@contextmanager
+def _warnings_into(messages: list[str]) -> Iterator[None]:
+    """Collect what Axolotl logs as a warning instead of printing it."""
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if text not in messages:
+                messages.append(text)
+
+    logger = logging.getLogger("axolotl")
+    collect = Collect(logging.WARNING)
+    kept = (logger.handlers[:], logger.propagate, logger.level)
+    logger.handlers[:], logger.propagate = [collect], False
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.handlers[:], logger.propagate = kept[0], kept[1]
+        logger.setLevel(kept[2])

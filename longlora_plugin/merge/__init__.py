@@ -1,0 +1,1 @@
+"""What a merge needs before and after Axolotl's own."""

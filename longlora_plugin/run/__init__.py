@@ -1,0 +1,1 @@
+"""From a recipe to the decisions of one run."""

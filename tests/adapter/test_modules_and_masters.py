@@ -1,0 +1,190 @@
+"""Which modules train beside LoRA, and that they really do in bf16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from longlora_plugin.adapter.fp32_weights import train_in_fp32
+from longlora_plugin.adapter.modules import (
+    attention_projections,
+    embedding_modules,
+    embeddings_are_tied,
+    norm_modules,
+    shortest_names,
+)
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+FAMILIES = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "gpt_neox": {},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8},
+    "cohere": {"num_key_value_heads": 2, "use_qk_norm": True},
+}
+
+
+def build(family: str, dtype=torch.float32, **overrides):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**TINY, **FAMILIES[family], **overrides})
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def with_adapter(model, **options):
+    names = [*embedding_modules(model), *norm_modules(model)]
+    config = LoraConfig(
+        r=4,
+        target_modules=attention_projections(model),
+        modules_to_save=shortest_names(model, names),
+        ensure_weight_tying=embeddings_are_tied(model),
+        task_type="CAUSAL_LM",
+        **options,
+    )
+    return get_peft_model(model, config)
+
+
+def trained_names(peft_model) -> set[str]:
+    return {
+        name.replace(".modules_to_save.default", "").removeprefix("base_model.model.")
+        for name, parameter in peft_model.named_parameters()
+        if parameter.requires_grad and "lora_" not in name
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exactly_embeddings_and_norms_are_trained_in_every_family(family):
+    model = build(family)
+    # Independent of module classes: vectors that start as ones (or Gemma's zeros) and the table.
+    expected = {
+        name
+        for name, _ in model.named_parameters()
+        if "norm" in name.lower() or name.endswith(("embed_tokens.weight", "embed_in.weight"))
+    }
+    tied = embeddings_are_tied(model)
+    peft_model = with_adapter(model)
+    assert trained_names(peft_model) == expected
+    assert embeddings_are_tied(peft_model.base_model.model) == tied
+
+
+def test_norm_of_every_family_is_found_whatever_its_name():
+    assert norm_modules(build("gpt_neox"))[-1] == "gpt_neox.final_layer_norm"
+    assert "model.layers.0.self_attn.q_norm" in norm_modules(build("qwen3"))
+
+
+def test_short_names_are_kept_only_where_they_select_the_same_modules():
+    model = build("qwen3")
+    names = norm_modules(model)
+    assert "input_layernorm" in shortest_names(model, names)
+    final_only = ["model.norm"]
+    assert shortest_names(model, final_only) == final_only
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3"])
+def test_attention_projections_are_found_whatever_their_name(family):
+    expected = {
+        "llama": ["k_proj", "o_proj", "q_proj", "v_proj"],
+        "gpt_neox": ["dense", "query_key_value"],
+        "phi3": ["o_proj", "qkv_proj"],
+    }
+    assert attention_projections(build(family)) == expected[family]
+
+
+def train_steps(model, steps: int, lr: float = 2e-5) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    tokens = torch.randint(0, 97, (2, 16))
+    for _ in range(steps):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
+def test_norms_move_in_bf16_at_the_papers_learning_rate(family):
+    base = {k: v.clone() for k, v in build(family, torch.bfloat16).named_parameters()}
+    model = with_adapter(build(family, torch.bfloat16))
+    trained = train_in_fp32(model)
+    assert trained.dtype == torch.float32
+    assert trained.compute_dtype == torch.bfloat16
+    train_steps(model, 10)
+    for name, parameter in model.named_parameters():
+        plain = name.replace(".modules_to_save.default", "").removeprefix("base_model.model.")
+        if parameter.requires_grad and "norm" in name.lower():
+            assert parameter.dtype == torch.float32
+            moved = (parameter != base[plain].float()).float().mean()
+            assert moved > 0.9, name
+
+
+def test_without_masters_bf16_norms_do_not_move():
+    """The bug this guards against, so that the test above can fail."""
+    model = with_adapter(build("llama", torch.bfloat16))
+    norms = {n: p.clone() for n, p in model.named_parameters() if "norm" in n and p.requires_grad}
+    train_steps(model, 10)
+    assert all(torch.equal(p, norms[n]) for n, p in model.named_parameters() if n in norms)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
+def test_activations_stay_in_the_compute_dtype(family):
+    model = with_adapter(build(family, torch.bfloat16))
+    tokens = torch.randint(0, 97, (1, 8))
+    before = model(input_ids=tokens).logits
+    train_in_fp32(model)
+    seen = {}
+    for name, module in model.named_modules():
+        if type(module).__name__.endswith("Attention"):
+            module.register_forward_pre_hook(
+                lambda m, args, kwargs, name=name: seen.update(
+                    {name: (kwargs.get("hidden_states", args[0] if args else None)).dtype}
+                ),
+                with_kwargs=True,
+            )
+    after = model(input_ids=tokens).logits
+    assert set(seen.values()) == {torch.bfloat16}
+    assert len(seen) == 2
+    torch.testing.assert_close(after.float(), before.float(), atol=0.05, rtol=0.05)
+
+
+def test_fp32_runs_are_left_as_they_are():
+    model = with_adapter(build("llama"))
+    tokens = torch.randint(0, 97, (1, 8))
+    before = model(input_ids=tokens).logits
+    train_in_fp32(model)
+    assert torch.equal(model(input_ids=tokens).logits, before)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_stock_peft_loads_what_was_trained(tmp_path, tied):
+    model = with_adapter(build("llama", torch.bfloat16, tie_word_embeddings=tied))
+    train_in_fp32(model)
+    train_steps(model, 5, lr=1e-2)
+    model.save_pretrained(tmp_path)
+    tokens = torch.randint(0, 97, (1, 12))
+
+    stock = PeftModel.from_pretrained(
+        build("llama", torch.float32, tie_word_embeddings=tied), tmp_path
+    )
+    ours = {
+        k: v.float() for k, v in model.state_dict().items() if "modules_to_save" in k or "lora" in k
+    }
+    theirs = stock.state_dict()
+    assert all(torch.equal(theirs[k].float(), v) for k, v in ours.items())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            stock(input_ids=tokens).logits,
+            model(input_ids=tokens).logits.float(),
+            atol=0.05,
+            rtol=0.05,
+        )
+    merged = stock.merge_and_unload()
+    head, table = merged.get_output_embeddings().weight, merged.get_input_embeddings().weight
+    assert torch.equal(head, table) == tied

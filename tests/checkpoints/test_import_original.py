@@ -1,0 +1,184 @@
+"""Import of the original project's checkpoints: same logits as applying the tensors by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from longlora_plugin.checkpoints.import_original import import_checkpoint
+from longlora_plugin.cli import longlora
+
+CONTEXT = 256  # × 4
+R, ALPHA = 4, 8
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, tiny_model_dir):
+    """A checkpoint as the original scripts wrote it, and the logits of its model."""
+    base = tiny_model_dir("plain")
+    config = AutoConfig.from_pretrained(base)
+    config.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    config.max_position_embeddings = CONTEXT
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32),
+        LoraConfig(
+            r=R,
+            lora_alpha=ALPHA,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            task_type="CAUSAL_LM",
+        ),
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "embed" in name or "norm" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    tokens = torch.arange(3, 203)[None]
+    with torch.no_grad():
+        logits = model.eval()(tokens).logits
+    folder = tmp_path_factory.mktemp("original")
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapter_config = {
+        "base_model_name_or_path": str(base),
+        "r": R,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "task_type": "CAUSAL_LM",
+        "peft_type": "LORA",
+    }
+    return folder, base, whole, adapter_config, tokens, logits
+
+
+def write_split(folder, whole, adapter_config):
+    """What `get_trainable_weights.py` of the original made of the whole state."""
+    lora = {k.replace("default.", ""): v for k, v in whole.items() if "lora" in k}
+    trained = {
+        k[len("base_model.model.") :]: v
+        for k, v in whole.items()
+        if "lora" not in k and ("embed" in k or "norm" in k)
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(lora, folder / "adapter_model.bin")
+    torch.save(trained, folder / "trainable_params.bin")
+    (folder / "adapter_config.json").write_text(json.dumps(adapter_config))
+
+
+def load_stock(base, folder):
+    config = AutoConfig.from_pretrained(folder)
+    assert config.max_position_embeddings == CONTEXT
+    model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, folder).eval()
+
+
+@pytest.mark.parametrize("layout", ["split", "whole"])
+def test_imported_adapter_has_the_logits_of_the_original(tmp_path, original, layout):
+    _, base, whole, adapter_config, tokens, logits = original
+    source, target = tmp_path / "source", tmp_path / "target"
+    if layout == "split":
+        write_split(source, whole, adapter_config)
+    else:
+        source.mkdir()
+        torch.save(whole, source / "pytorch_model.bin")
+        (source / "adapter_config.json").write_text(json.dumps(adapter_config))
+    done = import_checkpoint(source, target, context=CONTEXT)
+    assert (done.lora, done.trained, done.notes) == (16, 6, ())
+    with torch.no_grad():
+        again = load_stock(base, target)(tokens).logits
+    assert torch.equal(again, logits)
+    assert not list(target.glob("*.bin"))
+
+
+def test_context_is_read_from_the_released_models_names(tmp_path, original):
+    _, _, whole, adapter_config, *_ = original
+    source = tmp_path / "Llama-2-7b-longlora-8k-ft"
+    write_split(source, whole, adapter_config)
+    assert import_checkpoint(source, tmp_path / "target").context == 8192
+
+
+def test_unknown_context_is_said_and_writes_no_config(tmp_path, original):
+    _, _, whole, adapter_config, *_ = original
+    write_split(tmp_path / "source", whole, adapter_config)
+    result = CliRunner().invoke(
+        longlora, ["import", str(tmp_path / "source"), str(tmp_path / "target")]
+    )
+    assert result.exit_code == 0, result.output
+    assert "--context TOKENS" in result.output.replace("\n", " ")
+    assert not (tmp_path / "target" / "config.json").exists()
+    assert (tmp_path / "target" / "adapter_model.safetensors").exists()
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/longlora-malicious",)
+
+
+def test_pickle_that_runs_code_is_refused(tmp_path, original):
+    _, _, whole, adapter_config, *_ = original
+    source = tmp_path / "source"
+    write_split(source, whole, adapter_config)
+    torch.save({"model.norm.weight": Malicious()}, source / "trainable_params.bin")
+    with pytest.raises(ValueError, match=r"trainable_params.bin was refused"):
+        import_checkpoint(source, tmp_path / "target", context=CONTEXT)
+    assert not os.path.exists("/tmp/longlora-malicious")
+    assert not (tmp_path / "target").exists()
+
+
+def break_(source, how):
+    if how == "empty":
+        for file in source.iterdir():
+            file.unlink()
+    elif how == "truncated":
+        data = (source / "adapter_model.bin").read_bytes()
+        (source / "adapter_model.bin").write_bytes(data[: len(data) // 2])
+    elif how == "no trained":
+        (source / "trainable_params.bin").unlink()
+    elif how == "rank":
+        config = json.loads((source / "adapter_config.json").read_text())
+        (source / "adapter_config.json").write_text(json.dumps({**config, "r": 16}))
+    elif how == "not tensors":
+        torch.save({"a": 1}, source / "adapter_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("empty", "holds no LongLoRA checkpoint"),
+        ("truncated", "damaged or cut off"),
+        ("no trained", "trained embeddings and norms are missing"),
+        ("rank", "adapter_config.json says 16"),
+        ("not tensors", "not a mapping from names to tensors"),
+    ],
+)
+def test_broken_checkpoint_is_refused_and_nothing_is_written(tmp_path, original, how, says):
+    _, _, whole, adapter_config, *_ = original
+    write_split(tmp_path / "source", whole, adapter_config)
+    break_(tmp_path / "source", how)
+    with pytest.raises(ValueError, match=says):
+        import_checkpoint(tmp_path / "source", tmp_path / "target", context=CONTEXT)
+    assert not (tmp_path / "target").exists()
+
+
+def test_checkpoint_of_another_base_is_refused(tmp_path, original, tiny_model_dir):
+    _, _, whole, adapter_config, *_ = original
+    write_split(tmp_path / "source", whole, adapter_config)
+    wide = tiny_model_dir("wide", hidden_size=128)
+    with pytest.raises(ValueError, match="another base model"):
+        import_checkpoint(
+            tmp_path / "source", tmp_path / "target", base_model=str(wide), context=CONTEXT
+        )
+
+
+def test_existing_adapter_is_not_overwritten(tmp_path, original):
+    _, _, whole, adapter_config, *_ = original
+    write_split(tmp_path / "source", whole, adapter_config)
+    import_checkpoint(tmp_path / "source", tmp_path / "target", context=CONTEXT)
+    with pytest.raises(ValueError, match="already holds an adapter"):
+        import_checkpoint(tmp_path / "source", tmp_path / "target", context=CONTEXT)

@@ -1,0 +1,411 @@
+"""`axolotl longlora eval` from a recipe to rows, on a tiny random Llama with an adapter."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from evaluation_models import ORIGINAL, text_of, write_adapter, write_recipe, write_tiny_llama
+from peft import PeftModel
+from safetensors.numpy import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from longlora_plugin.cli import longlora
+from longlora_plugin.evaluation import by_length
+from longlora_plugin.evaluation.models import ModelSource, model_sources
+from longlora_plugin.run.recipe import read_recipe
+
+TARGET = 4 * ORIGINAL
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": ORIGINAL,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    base = write_tiny_llama(folder / "base")
+    write_adapter(base, folder / "out")
+    write_recipe(folder / "recipe.yml", base, folder / "out")
+    write_recipe(folder / "untrained.yml", base, folder / "empty")
+    (folder / "data.txt").write_text(text_of(500, seed=3))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ids(work):
+    tokenizer = AutoTokenizer.from_pretrained(work / "base")
+    return torch.tensor([tokenizer((work / "data.txt").read_text())["input_ids"]])
+
+
+def run(*arguments):
+    result = CliRunner().invoke(longlora, ["eval", *map(str, arguments)])
+    if result.exit_code == 0:
+        return result
+    raise AssertionError(f"{result.output}\n{result.exception!r}")
+
+
+def refused(*arguments):
+    result = CliRunner().invoke(longlora, ["eval", *map(str, arguments)])
+    assert result.exit_code != 0
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.output
+
+
+def extended(base):
+    config = LlamaConfig.from_pretrained(base)
+    config.rope_parameters = YARN
+    config.max_position_embeddings = TARGET
+    return LlamaForCausalLM.from_pretrained(base, config=config).eval()
+
+
+def own_perplexity(model, ids, length, stride):
+    """The usual sliding-window loop, written with labels."""
+    losses, done = [], 0
+    for start in range(0, ids.shape[1], stride):
+        end = min(start + length, ids.shape[1])
+        labels = ids[:, start:end].clone()
+        labels[:, : max(0, done - start)] = -100
+        with torch.no_grad():
+            logits = model(input_ids=ids[:, start:end]).logits[0, :-1]
+        part = F.cross_entropy(logits, labels[0, 1:], reduction="none", ignore_index=-100)
+        losses += part[labels[0, 1:] != -100].tolist()
+        done = end
+        if end == ids.shape[1]:
+            break
+    assert len(losses) == ids.shape[1] - 1
+    return math.exp(np.mean(losses))
+
+
+def test_rows_of_three_models_equal_transformers_and_peft_in_a_loop(work, ids):
+    out = work / "rows.json"
+    result = run(
+        work / "recipe.yml",
+        "--data",
+        work / "data.txt",
+        "--lengths",
+        f"{ORIGINAL},{TARGET}",
+        "--stride",
+        32,
+        "--json",
+        out,
+        "--plot",
+        work / "plot.png",
+    )
+    rows = {(row["model"], row["length"]): row for row in json.loads(out.read_text())}
+    assert list(rows) == [
+        (model, length)
+        for model in ("base", "base+rope", "adapter")
+        for length in (ORIGINAL, TARGET)
+    ]
+    models = {
+        "base": LlamaForCausalLM.from_pretrained(work / "base").eval(),
+        "base+rope": extended(work / "base"),
+        "adapter": PeftModel.from_pretrained(extended(work / "base"), work / "out").eval(),
+    }
+    for (name, length), row in rows.items():
+        expected = own_perplexity(models[name], ids, length, 32)
+        assert row["perplexity"] == pytest.approx(expected, rel=1e-4), (name, length)
+        assert row["tokens"] == ids.shape[1] - 1
+        low, high = row["ci95"]
+        assert low < row["perplexity"] < high
+        assert row["buckets"][0]["from"] == 0
+        assert row["buckets"][-1]["to"] == length
+        figure = row["perplexity"]
+        assert (f"{figure:,.0f}" if figure >= 1000 else f"{figure:.2f}") in result.output
+    figures = [row["perplexity"] for row in rows.values()]
+    assert len({round(figure, 3) for figure in figures}) == len(figures)
+    assert rows["adapter", TARGET]["rope_parameters"] == YARN
+    assert (work / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_score_all_equals_the_average_over_every_window(work, ids):
+    out = work / "all.json"
+    run(work / "recipe.yml", "--data", work / "data.txt", "--lengths", 64, "--stride", 16,
+        "--score", "all", "--model", "base", "--json", out)  # fmt: skip
+    model = LlamaForCausalLM.from_pretrained(work / "base").eval()
+    with torch.no_grad():
+        losses = [
+            model(input_ids=window, labels=window).loss.item()
+            for start in range(0, ids.shape[1] - 64 + 1, 16)
+            for window in [ids[:, start : start + 64]]
+        ]
+    (row,) = json.loads(out.read_text())
+    assert row["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+    assert row["score"] == "all"
+
+
+def test_adapter_row_only_where_one_was_trained(work):
+    out = work / "untrained.json"
+    run(work / "untrained.yml", "--data", work / "data.txt", "--lengths", 64, "--json", out)
+    assert [row["model"] for row in json.loads(out.read_text())] == ["base", "base+rope"]
+    given = work / "given.json"
+    run(work / "untrained.yml", "--data", work / "data.txt", "--lengths", 64, "--json", given,
+        "--adapter", work / "out", "--model", "adapter")  # fmt: skip
+    assert [row["model"] for row in json.loads(given.read_text())] == ["adapter"]
+
+
+def test_rope_none_has_no_row_of_its_own(work, tmp_path):
+    recipe = write_recipe(
+        tmp_path / "r.yml", work / "base", work / "out", longlora={"rope": "none"}
+    )
+    labels = [source.label for source in model_sources(read_recipe(recipe))]
+    assert labels == ["base", "adapter"]
+
+
+def test_full_fine_tune_is_evaluated_as_trained_with_its_own_config(work, tmp_path):
+    output = tmp_path / "full"
+    extended(work / "base").save_pretrained(output)
+    recipe = write_recipe(tmp_path / "r.yml", work / "base", output, adapter=None)
+    base, rope, trained = model_sources(read_recipe(recipe))
+    assert (base.label, rope.label, trained.label) == ("base", "base+rope", "trained")
+    assert trained.rope == YARN
+    ids = torch.arange(3, 90)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            trained.load("cpu", torch.float32)(ids).logits,
+            rope.load("cpu", torch.float32)(ids).logits,
+        )
+
+
+def test_merged_model_and_any_folder_can_be_named(work, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(work / "out", output)
+    extended(work / "base").save_pretrained(output / "merged")
+    recipe = read_recipe(write_recipe(tmp_path / "r.yml", work / "base", output))
+    sources = model_sources(recipe, ["merged", f"mine={output}", f"other={work / 'base'}"])
+    assert [source.label for source in sources] == ["merged", "mine", "other"]
+    assert [source.adapter for source in sources] == [None, output, None]
+    assert sources[0].rope == sources[1].rope == YARN
+    assert sources[2].rope["rope_type"] == "default"
+
+
+def test_adapter_with_added_tokens_loads(work, tmp_path):
+    base = LlamaForCausalLM.from_pretrained(work / "base")
+    base.resize_token_embeddings(base.config.vocab_size + 3, mean_resizing=False)
+    base.save_pretrained(tmp_path / "larger")
+    write_adapter(tmp_path / "larger", tmp_path / "out")
+    recipe = write_recipe(tmp_path / "r.yml", work / "base", tmp_path / "out")
+    source = model_sources(read_recipe(recipe), ["adapter"])[0]
+    model = source.load("cpu", torch.float32)
+    assert model.get_input_embeddings().weight.shape[0] == base.config.vocab_size
+
+
+def test_adapter_trained_with_another_rope_is_noted(work, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(work / "out", output)
+    arguments = ["--data", work / "data.txt", "--lengths", 64, "--model", "adapter"]
+    recipe = write_recipe(tmp_path / "r.yml", work / "base", output)
+    (output / "config.json").write_text(json.dumps({"rope_parameters": YARN}))
+    assert "was trained with" not in run(recipe, *arguments).output
+    other = {**YARN, "rope_type": "linear"}
+    (output / "config.json").write_text(json.dumps({"rope_parameters": other}))
+    assert "adapter was trained with" in run(recipe, *arguments).output
+
+
+def test_second_run_keeps_rows_of_the_same_settings(work, monkeypatch):
+    out = work / "resume.json"
+    arguments = [work / "recipe.yml", "--data", work / "data.txt", "--json", out]
+    run(*arguments, "--lengths", "64,128", "--model", "base")
+    first = json.loads(out.read_text())
+    loads = []
+    stock = ModelSource.load
+    monkeypatch.setattr(
+        ModelSource, "load", lambda self, *a: loads.append(self.label) or stock(self, *a)
+    )
+    result = run(*arguments, "--lengths", "64,128", "--model", "base", "--model", "adapter")
+    rows = json.loads(out.read_text())
+    assert rows[:2] == first
+    assert [row["model"] for row in rows] == ["base", "base", "adapter", "adapter"]
+    assert loads == ["adapter"]
+    assert "2 of 4 rows were already" in result.output
+    run(*arguments, "--lengths", "64,128", "--model", "base", "--stride", 16)
+    assert [row["stride"] for row in json.loads(out.read_text())] == [16, 16]
+    assert loads == ["adapter", "base"]
+
+
+def test_killed_run_keeps_its_finished_rows(work, monkeypatch):
+    out = work / "killed.json"
+    arguments = [work / "recipe.yml", "--data", work / "data.txt", "--lengths", "64,128",
+                 "--json", out]  # fmt: skip
+    stock = by_length.score_documents
+    calls = []
+
+    def dies_at_the_fourth(*args, **options):
+        calls.append(options["length"])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return stock(*args, **options)
+
+    monkeypatch.setattr(by_length, "score_documents", dies_at_the_fourth)
+    assert CliRunner().invoke(longlora, ["eval", *map(str, arguments)]).exit_code != 0
+    assert len(json.loads(out.read_text())) == 3
+    run(*arguments)
+    assert len(json.loads(out.read_text())) == 6
+    assert len(calls) == 4 + 3
+
+
+def test_retrained_adapter_is_measured_again(work, tmp_path):
+    output = tmp_path / "out"
+    write_adapter(work / "base", output)
+    recipe = write_recipe(tmp_path / "r.yml", work / "base", output)
+    out = tmp_path / "rows.json"
+    arguments = [recipe, "--data", work / "data.txt", "--lengths", 64, "--json", out]
+    run(*arguments)
+    before = {row["model"]: row for row in json.loads(out.read_text())}
+    model = PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(work / "base"), output, is_trainable=True
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    model.save_pretrained(output)
+    run(*arguments)
+    after = {row["model"]: row for row in json.loads(out.read_text())}
+    assert after["base"] == before["base"]
+    assert after["adapter"]["perplexity"] != before["adapter"]["perplexity"]
+
+
+def test_token_file_holds_every_loss_and_the_key_tokens(work, ids):
+    out, tokens = work / "tokens.json", work / "tokens.safetensors"
+    run(work / "recipe.yml", "--data", work / "data.txt", "--lengths", "64,256", "--json", out,
+        "--tokens", tokens, "--long-ppl", "--long-ppl-context", 16,
+        "--long-ppl-gain", 0.5, "--long-ppl-log-probability", -6)  # fmt: skip
+    tensors = load_file(tokens)
+    assert tensors["token_id"].tolist() == ids[0, 1:].tolist()
+    assert tensors["position"].tolist() == list(range(1, ids.shape[1]))
+    for row in json.loads(out.read_text()):
+        losses = tensors[f"{row['model']}/{row['length']}/nll"]
+        key = tensors[f"{row['model']}/{row['length']}/key"].astype(bool)
+        assert math.exp(losses.astype(float).mean()) == pytest.approx(row["perplexity"], rel=1e-6)
+        measured = row["long_ppl"]
+        assert measured["evaluator"] == "adapter"
+        assert measured["key_tokens"] == key.sum() > 0
+        expected = math.exp(losses[key].astype(float).mean())
+        assert measured["perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert np.array_equal(tensors["base/64/key"], tensors["adapter/64/key"])
+
+
+def test_lengths_beyond_the_documents_are_skipped_with_a_note_or_refused(work, ids):
+    out = work / "skip.json"
+    result = run(work / "recipe.yml", "--data", work / "data.txt", "--lengths", "64,999999",
+                 "--model", "base", "--json", out)  # fmt: skip
+    assert [row["length"] for row in json.loads(out.read_text())] == [64]
+    assert "no document reaches 999999 tokens" in result.output
+    message = refused(work / "recipe.yml", "--data", work / "data.txt", "--lengths", "999999")
+    assert f"has {ids.shape[1]} tokens" in message
+
+
+def test_rows_of_all_lengths_score_the_same_tokens(work, tmp_path):
+    documents = [(work / "data.txt").read_text(), text_of(60, seed=5), text_of(400, seed=6)]
+    data, out = tmp_path / "data.jsonl", tmp_path / "rows.json"
+    data.write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    result = run(work / "recipe.yml", "--data", data, "--lengths", "64,256", "--json", out,
+                 "--model", "base")  # fmt: skip
+    short, long = json.loads(out.read_text())
+    assert short["documents"] == long["documents"] == 2
+    assert short["tokens"] == long["tokens"]
+    assert "2 of 3 documents have 256 tokens" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lengths", "64", "--stride", "65"], "Write a stride of 1 to 64"),
+        (["--lengths", "sixty"], "write whole numbers"),
+        (["--lengths", "64", "--buckets", "9,3"], "bucket edges 9, 3 must rise"),
+        (["--lengths", "64", "--model", "merged"], "run axolotl merge-lora"),
+        (["--lengths", "64", "--model", "bsae"], "unknown model 'bsae'"),
+        (["--lengths", "64", "--adapter", "nowhere"], "give the folder that training wrote"),
+        (["--lengths", "64", "--model", "x=nowhere"], "neither a model folder nor"),
+        (["--lengths", "64", "--long-ppl", "--long-ppl-model", "x"], "is not among the models"),
+    ],
+)
+def test_wrong_options_are_one_clear_error(work, options, message):
+    output = refused(work / "recipe.yml", "--data", work / "data.txt", *options)
+    assert message in " ".join(output.split())
+    assert "Traceback" not in output
+
+
+def test_no_data_is_refused_and_test_datasets_are_the_default(work, tmp_path):
+    assert "Give --data" in refused(work / "recipe.yml")
+    recipe = write_recipe(
+        tmp_path / "r.yml",
+        work / "base",
+        work / "out",
+        test_datasets=[{"path": str(work / "data.txt")}],
+    )
+    out = tmp_path / "rows.json"
+    run(recipe, "--lengths", 64, "--model", "base", "--json", out)
+    assert json.loads(out.read_text())[0]["data"] == str(work / "data.txt")
+
+
+def test_file_that_is_no_result_is_not_overwritten(work, tmp_path):
+    out = tmp_path / "notes.json"
+    out.write_text('{"mine": 1}')
+    message = refused(
+        work / "recipe.yml", "--data", work / "data.txt", "--lengths", 64, "--json", out
+    )
+    assert "not a list of result rows" in message
+    assert out.read_text() == '{"mine": 1}'
+
+
+def test_default_lengths_run_from_the_original_context_to_the_target(work):
+    out = work / "default.json"
+    run(work / "recipe.yml", "--data", work / "data.txt", "--model", "base", "--json", out)
+    assert [row["length"] for row in json.loads(out.read_text())] == [64, 128, 256]
+    assert [row["stride"] for row in json.loads(out.read_text())] == [32, 64, 128]
+
+
+def test_stride_above_a_short_length_reads_that_one_without_overlap(work, ids):
+    out = work / "strides.json"
+    run(work / "recipe.yml", "--data", work / "data.txt", "--lengths", "64,256", "--stride", 128,
+        "--model", "base", "--json", out)  # fmt: skip
+    rows = json.loads(out.read_text())
+    assert [row["stride"] for row in rows] == [64, 128]
+    assert [row["tokens"] for row in rows] == [ids.shape[1] - 1] * 2
+
+
+def test_two_processes_give_the_rows_of_one(work):
+    common = ["eval", work / "recipe.yml", "--data", work / "data.txt", "--lengths", "64,256",
+              "--batch-size", 2]  # fmt: skip
+    alone = work / "one.json"
+    run(*common[1:], "--json", alone)
+    together = work / "two.json"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    output = work / "processes.log"
+    with output.open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone",
+             "--nproc_per_node", "2", "-m", "longlora_plugin.cli",
+             *map(str, [*common, "--json", together])],
+            env=environment, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            code = process.wait(timeout=240)
+        finally:
+            if process.poll() is None:
+                process.terminate()  # the launcher then ends the processes it started
+                process.wait(timeout=60)
+    assert code == 0, output.read_text()[-3000:]
+    assert output.read_text().count("Perplexity by context length") == 1
+    for one, two in zip(
+        json.loads(alone.read_text()), json.loads(together.read_text()), strict=True
+    ):
+        assert two["processes"] == 2
+        assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-9)
+        assert two["buckets"] == one["buckets"]
+        assert two["settings"] == one["settings"]

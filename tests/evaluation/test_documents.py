@@ -1,0 +1,119 @@
+"""Text to evaluate on: where it may come from, and what is said where it is not text."""
+
+import json
+
+import pytest
+
+from longlora_plugin.evaluation.data import held_out_data, join, read_corpus, read_texts
+
+
+def tokenizer(text, verbose=True):
+    """One token a character, after a start token."""
+    return {"input_ids": [1, *map(ord, text)]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "b.txt").write_text("a book")
+    rows = [{"text": "one", "title": "x"}, {"text": "two"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    (tmp_path / "ignored.csv").write_text("text\nno")
+    return tmp_path
+
+
+def test_text_file_is_one_document_with_its_start_token(folder):
+    corpus = read_corpus(folder / "b.txt", tokenizer)
+    assert [document.tolist() for document in corpus.documents] == [[1, *map(ord, "a book")]]
+
+
+def test_json_lines_file_is_a_document_a_line(folder):
+    assert list(read_texts(folder / "a.jsonl")) == ["one", "two"]
+
+
+def test_folder_is_all_its_text_files_in_order(folder):
+    assert list(read_texts(folder)) == ["one", "two", "a book"]
+
+
+def test_max_tokens_cuts_the_last_document(folder):
+    assert read_corpus(folder, tokenizer, max_tokens=6).lengths == [4, 2]
+    assert read_corpus(folder, tokenizer, max_tokens=4).lengths == [4]
+
+
+def test_digest_tells_the_same_tokens_in_other_documents_apart(tmp_path):
+    (tmp_path / "a.txt").write_text("abcd")
+    whole = read_corpus(tmp_path / "a.txt", tokenizer)
+    halves = join([whole])
+    assert halves.digest == whole.digest
+    cut = type(whole)("cut", [whole.documents[0][:2], whole.documents[0][2:]])
+    assert cut.digest != whole.digest
+
+
+def test_documents_too_short_for_a_length_are_left_out(folder):
+    assert read_corpus(folder, tokenizer).reaching(5).lengths == [7]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"instruction": "x", "output": "y"}', "line 1.*'text'.*instruction, output"),
+        ("a.jsonl", '{"text": "x"}\n{"text": 5}', "line 2.*no text in field 'text'"),
+        ("a.jsonl", "not json", "line 1: not JSON"),
+        ("a.jsonl", "[1]", "expected an object"),
+        ("a.txt", "", "holds no document"),
+    ],
+)
+def test_wrong_file_is_refused_with_what_it_has(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_corpus(tmp_path / name, tokenizer)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_corpus(tmp_path / "a.txt", tokenizer)
+
+
+def test_missing_path_and_empty_folder_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no file or folder"):
+        read_corpus(tmp_path / "nothing.txt", tokenizer)
+    with pytest.raises(ValueError, match=r"holds no \.txt"):
+        read_corpus(tmp_path, tokenizer)
+
+
+def test_other_text_field_is_read_when_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "here"}')
+    assert list(read_texts(tmp_path / "a.jsonl", text_field="body")) == ["here"]
+
+
+def test_hugging_face_dataset_uses_its_test_split(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(path, name, *, split, streaming):
+        asked.append((path, name, split, streaming))
+        return [{"text": "first"}, {"text": "second"}]
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *a: ["train", "test"])
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(read_texts("org/books:long")) == ["first", "second"]
+    assert list(read_texts("org/books", split="dev", stream=True)) == ["first", "second"]
+    assert asked == [("org/books", "long", "test", False), ("org/books", None, "dev", True)]
+
+
+def test_unreachable_dataset_is_refused_by_name():
+    with pytest.raises(ValueError, match="'nobody/nothing' is no file or folder here"):
+        list(read_texts("nobody/nothing"))
+
+
+def test_recipe_names_its_held_out_data():
+    raw = {
+        "test_datasets": [
+            {"path": "json", "data_files": ["a.jsonl"], "type": "completion", "field": "body"},
+            {"path": "folder"},
+        ]
+    }
+    assert held_out_data(raw) == (["a.jsonl", "folder"], "body")
+    with pytest.raises(ValueError, match="Give --data"):
+        held_out_data({})

@@ -1,0 +1,477 @@
+"""Recipes: those shipped, what `recipes check` finds, `recipes init`, and the JSON Schema."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import base_configs
+import jsonschema
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from longlora_plugin.cli import longlora
+from longlora_plugin.plan import GPUS
+from longlora_plugin.recipes import available
+from longlora_plugin.recipes import longlora_recipes as shipped
+from longlora_plugin.recipes.check import COMPUTE_CAPABILITY, check_recipe
+from longlora_plugin.recipes.start import parse_setting
+
+ROOT = Path(__file__).parents[2]
+LLAMA = "meta-llama/Llama-2-7b-hf"
+
+# name → (original context, target, RoPE type, its factor, group size, Axolotl's adapter)
+EXPECTED = {
+    "llama-2-7b-32k": (4096, 32768, "linear", 8, 8192, "lora"),
+    "llama-2-7b-100k": (4096, 102400, "linear", 25, 25600, "lora"),
+    "llama-2-13b-64k": (4096, 65536, "linear", 16, 16384, "lora"),
+    "llama-2-70b-32k-lora": (4096, 32768, "linear", 8, 8192, "lora"),
+    "llama-2-70b-32k-qlora": (4096, 32768, "linear", 8, 8192, "qlora"),
+    "llama-3.1-8b-256k": (8192, 262144, "llama3", 32, 65536, "lora"),
+    "mistral-7b-128k": (32768, 131072, "yarn", 4, 32768, "lora"),
+    "qwen2.5-7b-128k": (32768, 131072, "yarn", 4, 32768, "lora"),
+    "qwen3-8b-128k": (32768, 131072, "yarn", 4, 32768, "lora"),
+    "smollm2-135m-16k": (8192, 16384, "yarn", 2, 4096, "lora"),
+    "smollm2-135m-cpu": (8192, 16384, "linear", 2, 1024, "lora"),
+    "full-finetune-16k": (4096, 16384, "yarn", 4, 4096, None),
+    "qlora-24gb": (4096, 16384, "yarn", 4, 4096, "qlora"),
+    "fsdp2-32k": (8192, 32768, "yarn", 4, 8192, "lora"),
+    "sft-longalpaca": (4096, 16384, "linear", 4, 4096, "lora"),
+    "sft-longqa-local": (4096, 16384, "linear", 4, 4096, "lora"),
+    "quickstart-cpu": (256, 2048, "yarn", 8, 512, "lora"),
+    "longqa-quickstart-cpu": (256, 2048, "yarn", 8, 512, "lora"),
+}
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bases")
+    for name in base_configs.CONFIGS:
+        base_configs.write(name, root)
+    return root
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, bases: Path, monkeypatch: pytest.MonkeyPatch):
+    """Function (**changes) → path of a right recipe with some keys changed, or taken out (None)."""
+    monkeypatch.chdir(ROOT)
+
+    def write(**changes: Any) -> Path:
+        raw = {
+            "base_model": str(bases / LLAMA),
+            "plugins": ["longlora_plugin.LongLoRAPlugin"],
+            "adapter": "longlora",
+            "sequence_len": 32768,
+            "datasets": [{"path": "data.jsonl", "ds_type": "json", "type": "completion"}],
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": 8,
+            "num_epochs": 1,
+            "learning_rate": 2e-5,
+            "bf16": True,
+            "attn_implementation": "flash_attention_2",
+            **changes,
+        }
+        raw = {key: value for key, value in raw.items() if value is not None}
+        path = tmp_path / "recipe.yml"
+        path.write_text(yaml.safe_dump(raw))
+        return path
+
+    return write
+
+
+def run(*args: object):
+    return CliRunner().invoke(longlora, ["recipes", *map(str, args)])
+
+
+# ---- the shipped recipes --------------------------------------------------------------------
+
+
+def test_every_shipped_recipe_has_an_expectation_here():
+    assert set(shipped()) == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_shipped_recipe_is_right_and_fits_the_gpus_it_names(name, bases, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = shipped()[name]
+    base = yaml.safe_load(path.read_text())["base_model"]
+    stand_in = None if Path(base).is_dir() else str(bases / base)
+    gpu, gpus = _named_gpus(path)
+    report = check_recipe(path, gpu=gpu, gpus=gpus, base_config=stand_in)
+    assert report.problems == []
+    assert not any("may just fit" in note for note in report.notes)
+    assert any(f"fits {gpus} × {gpu}" in note for note in report.notes) == (gpu is not None)
+    rope = report.resolved["rope_parameters"]
+    assert (
+        report.resolved["original_context"],
+        report.resolved["target_context"],
+        rope["rope_type"],
+        rope["factor"],
+        report.resolved["group_size"],
+        report.resolved["adapter"],
+    ) == EXPECTED[name]
+
+
+def _named_gpus(path: Path) -> tuple[str | None, int]:
+    """The GPUs of the `plan` line at the top of a recipe."""
+    found = re.search(r"# .*longlora plan \S+ --gpu (\S+)(?: --gpus (\d+))?", path.read_text())
+    return (found[1], int(found[2] or 1)) if found else (None, 1)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_shipped_recipe_says_what_it_is_and_names_itself(name):
+    lines = shipped()[name].read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert sum("#" in line for line in lines) >= 8
+    named = re.findall(r"examples/configs/([\w.-]+)\.yml", "\n".join(lines))
+    assert named
+    assert set(named) == {name}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in sorted(EXPECTED) if name.startswith(("llama-2", "full"))]
+)
+def test_llama_2_recipes_have_the_papers_hyperparameters(name):
+    raw = yaml.safe_load(shipped()[name].read_text())
+    assert float(raw["learning_rate"]) == (1e-5 if "70b" in name else 2e-5)
+    assert (raw["adam_beta1"], raw["adam_beta2"], raw["weight_decay"]) == (0.9, 0.95, 0.0)
+    assert (raw["lr_scheduler"], raw["warmup_steps"]) == ("constant_with_warmup", 20)
+    assert raw["micro_batch_size"] * raw["gradient_accumulation_steps"] * 8 == 64
+    assert raw["max_steps"] == 1000
+    assert not {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"} & set(raw)
+
+
+def test_mistrals_first_version_needs_its_window_taken_away_as_the_recipe_says(recipe, bases):
+    windowed = {"base_model": str(bases / "mistralai/Mistral-7B-v0.1"), "sequence_len": 65536}
+    report = check_recipe(recipe(**windowed))
+    assert any("sliding" in problem for problem in report.problems)
+    freed = recipe(
+        **windowed,
+        model_config={"sliding_window": None},
+        longlora={"original_context": 8192},
+    )
+    freed = check_recipe(freed)
+    assert freed.problems == []
+    assert freed.resolved["rope_parameters"]["factor"] == 8
+
+
+# ---- what `check` finds ---------------------------------------------------------------------
+
+
+def test_a_right_recipe_has_neither_problems_nor_notes(recipe):
+    report = check_recipe(recipe())
+    assert (report.problems, report.notes) == ([], [])
+    assert report.resolved["group_size"] == 8192
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"plugins": None}, ["plugins", "longlora_plugin.LongLoRAPlugin"]),
+        ({"plugins": ["longlora_plugin.LongLoraPlugin"]}, ["LongLoraPlugin", "does not load"]),
+        (
+            {"plugins": ["longlora_plugin.LongLoRAPlugin", "nowhere.Plugin"]},
+            ["there is no nowhere.Plugin"],
+        ),
+        ({"plugins": "longlora_plugin.LongLoRAPlugin"}, ["plugins", "valid list"]),
+        ({"datasets": "data.jsonl"}, ["datasets", "valid list"]),
+        ({"datasets": ["data.jsonl"]}, ["datasets.0", "block of keys"]),
+        ({"sequence_lenght": 8192}, ["sequence_lenght", "sequence_len"]),
+        (
+            {"datasets": [{"path": "x", "type": "completion", "feild": "text"}]},
+            ["datasets.0.feild", "field"],
+        ),
+        (
+            {"datasets": [{"path": "x", "type": "completion", "shards": "many"}]},
+            ["datasets.0.shards", "'many'"],
+        ),
+        ({"micro_batch_size": "two"}, ["micro_batch_size", "'two'"]),
+        ({"sequence_len": "32k"}, ["sequence_len", "'32k'", "32768"]),
+        ({"longlora": {"group_sise": 8}}, ["group_sise", "'group_size'"]),
+        ({"longlora": {"group_size": 65536}}, ["65536", "larger than sequence_len"]),
+        ({"longlora": {"group_size": 8, "group_size_ratio": 0.5}}, ["two answers"]),
+        ({"longlora": ["rope"]}, ["write a block of keys"]),
+        ({"longlora": {"rope": "yaarn"}}, ["'yaarn'", "'yarn'"]),
+        ({"longlora": {"rope": {"preset": "yarn", "factor": 2}}}, ["factor 2", "too small"]),
+        ({"longlora": {"trainable": ["norm"]}}, ["'norm'", "norms"]),
+        ({"longlora": {"attention_pattern": "s3"}}, ["'s3'", "s2"]),
+        ({"model_config": {"rope_theta": 1e6}}, ["two answers", "model_config"]),
+        ({"attn_implementation": "sage"}, ["sage", "flash_attention_2"]),
+        ({"lora_target_modules": ["w_pack"]}, ["w_pack"]),
+        ({"deepspeed": "nowhere.json"}, ["nowhere.json", "does not exist"]),
+        ({"longlora": {"trainable": ["head"]}}, ["'head'", "embeddings"]),
+        ({"base_model": "./nowhere"}, ["base_model", "./nowhere"]),
+        ({"base_model": None}, ["base_model"]),
+        ({"lora_model_dir": "./nowhere"}, ["lora_model_dir", "nowhere"]),
+    ],
+)
+def test_one_mistake_is_one_problem_that_names_it(recipe, changes, says):
+    report = check_recipe(recipe(**changes))
+    assert len(report.problems) == 1, report.problems
+    for word in says:
+        assert word in report.problems[0]
+
+
+def test_everything_that_is_wrong_is_said_at_once(recipe):
+    path = recipe(
+        plugins=None,
+        sequence_lenght=4,
+        micro_batch_size="two",
+        deepspeed="nowhere.json",
+        longlora={"group_sise": 8, "group_size": 7, "rope": "liner", "trainable": ["norm"]},
+    )
+    path.write_text(path.read_text() + "sequence_len: 16384\n")
+    problems = "\n".join(check_recipe(path).problems)
+    for word in (
+        "plugins",
+        "sequence_lenght",
+        "'two'",
+        "nowhere.json",
+        "group_sise",
+        "got 7",
+        "'liner'",
+        "'norm'",
+        'duplicate key "sequence_len"',
+    ):
+        assert word in problems
+
+
+def test_all_of_axolotls_cross_checks_that_fail_are_said(recipe):
+    # Alone, each hides the next one: Axolotl stops at the first.
+    path = recipe(
+        deepspeed="examples/configs/deepspeed/zero2.json",
+        fsdp=["full_shard"],
+        s2_attention=True,
+        eval_steps=10,
+        evals_per_epoch=2,
+    )
+    problems = check_recipe(path).problems
+    assert any("fsdp" in problem for problem in problems)
+    assert any("s2_attention" in problem for problem in problems)
+    assert any("evals_per_epoch" in problem for problem in problems)
+    assert len(problems) == 3
+
+
+def test_a_file_that_is_no_recipe_is_a_problem(tmp_path):
+    path = tmp_path / "x.yml"
+    for content, says in (("a: [1", "not valid YAML"), ("- 1", "is not a recipe")):
+        path.write_text(content)
+        assert says in check_recipe(path).problems[0]
+
+
+def test_an_unreachable_hub_is_a_note_and_the_rest_is_still_checked(recipe):
+    report = check_recipe(recipe(base_model="some-org/some-model"))
+    assert report.problems == []
+    assert any("some-org/some-model" in note and "--base-config" in note for note in report.notes)
+    report = check_recipe(recipe(base_model="some-org/some-model", longlora={"rope": "liner"}))
+    assert ["'liner'" in problem for problem in report.problems] == [True]
+
+
+def test_memory_is_checked_where_a_gpu_is_named(recipe):
+    path = recipe(gradient_checkpointing=True)
+    assert check_recipe(path, gpu="h200-141gb").ok
+    report = check_recipe(path, gpu="rtx4090-24gb")
+    assert ["does not fit 1 × rtx4090-24gb" in problem for problem in report.problems] == [True]
+    with pytest.raises(ValueError, match="unknown GPU"):
+        check_recipe(path, gpu="rtx9999")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sequence_len": 4096}, "not above the 4096 tokens"),
+        ({"longlora": {"full_attention_below": 65536}}, "never runs"),
+        ({"adapter": "lora", "longlora": {"trainable": ["norms"]}}, "trainable is not used"),
+        ({"adapter": "lora", "lora_r": 8, "lora_alpha": 16}, "does nothing"),
+        ({"deepspeed": "deepspeed_configs/zero2.json"}, "planned by its name"),
+        ({"attn_implementation": "sdpa", "sample_packing": True}, "0.0 loss"),
+    ],
+)
+def test_what_is_odd_but_runs_is_a_note(recipe, changes, says):
+    if changes.get("adapter") == "lora":
+        changes = {**changes, "lora_target_linear": True}
+    report = check_recipe(recipe(**changes))
+    assert report.problems == []
+    assert any(says in note for note in report.notes), report.notes
+
+
+def test_layers_that_shifted_attention_leaves_out_are_counted_in_a_note(recipe, bases):
+    gemma = recipe(base_model=str(bases / "google/gemma-2-2b"), attn_implementation="eager")
+    report = check_recipe(gemma)
+    assert report.problems == []
+    assert any("13 of the layers" in note for note in report.notes)
+
+
+def test_a_check_leaves_axolotls_plugins_and_its_logger_as_they_were(recipe):
+    import logging
+
+    from axolotl.integrations.base import PluginManager
+
+    manager = PluginManager.get_instance()
+    logger = logging.getLogger("axolotl")
+    before = dict(manager.plugins), logger.handlers[:], logger.level, logger.propagate
+    check_recipe(recipe(plugins=["nowhere.Plugin"]))
+    assert (dict(manager.plugins), logger.handlers[:], logger.level, logger.propagate) == before
+
+
+def test_every_known_gpu_has_a_compute_capability():
+    assert {name.split("-")[0] for name in GPUS} == set(COMPUTE_CAPABILITY)
+
+
+# ---- the commands ---------------------------------------------------------------------------
+
+
+def test_check_exits_0_for_right_1_for_wrong_2_for_misuse(recipe, tmp_path):
+    good = recipe()
+    assert run("check", good).exit_code == 0
+    bad = tmp_path / "bad.yml"
+    bad.write_text(good.read_text() + "longlora: {rope: liner}\n")
+    result = run("check", good, bad, "--json", tmp_path / "found.json")
+    assert result.exit_code == 1
+    assert "recipe.yml: ok" in result.output
+    assert "bad.yml: 1 problem" in result.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["ok"] for row in found] == [True, False]
+    assert "'liner'" in found[1]["problems"][0]
+    assert found[0]["resolved"]["group_size"] == 8192
+    assert run("check", tmp_path / "nowhere.yml").exit_code == 2
+    assert run("check").exit_code == 2
+    assert run("check", good, "--gpu", "rtx9999").exit_code == 2
+
+
+def test_list_shows_every_recipe_and_show_prints_its_text(tmp_path):
+    result = run("list", "--json", tmp_path / "list.json")
+    assert result.exit_code == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "list.json").read_text())}
+    assert set(rows) == set(available())
+    assert rows["qlora-24gb"]["sequence_len"] == 16384
+    assert "24 GB" in rows["qlora-24gb"]["summary"]
+    assert run("show", "qlora-24gb").output == shipped()["qlora-24gb"].read_text()
+    unknown = run("show", "qlora-24")
+    assert unknown.exit_code == 2
+    assert "'qlora-24gb'" in unknown.output
+
+
+def test_from_init_to_a_checked_recipe_in_two_commands_in_an_empty_folder(
+    tmp_path, bases, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    result = run("init", "llama-2-7b-32k", "--set", f"base_model={bases / LLAMA}")
+    assert result.exit_code == 0
+    assert "next: axolotl longlora recipes check llama-2-7b-32k.yml" in result.output
+    result = run("check", "llama-2-7b-32k.yml", "--gpu", "a100-80gb", "--gpus", 8)
+    assert result.exit_code == 0, result.output
+    assert "fits 8 × a100-80gb" in result.output
+
+
+def test_init_keeps_comments_and_takes_the_deepspeed_file_along(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    target = tmp_path / "mine" / "long.yml"
+    settings = ["sequence_len=65536", "longlora.rope={preset: yarn, factor: 16}", "wandb_mode=x"]
+    args = [each for setting in settings for each in ("--set", setting)]
+    result = run("init", "llama-2-7b-32k", "--output", target, *args)
+    assert result.exit_code == 0
+    raw = yaml.safe_load(target.read_text())
+    original = yaml.safe_load(shipped()["llama-2-7b-32k"].read_text())
+    assert raw == {
+        **original,
+        "sequence_len": 65536,
+        "longlora": {**original["longlora"], "rope": {"preset": "yarn", "factor": 16}},
+        "wandb_mode": "x",
+        "deepspeed": "mine/deepspeed/zero2.json",
+    }
+    assert (tmp_path / "mine/deepspeed/zero2.json").read_text() == (
+        ROOT / "examples/configs/deepspeed/zero2.json"
+    ).read_text()
+    comments = [
+        line for line in shipped()["llama-2-7b-32k"].read_text().splitlines() if "#" in line
+    ]
+    kept = target.read_text()
+    assert all(line.split("#", 1)[1].strip() in kept for line in comments)
+    again = run("init", "llama-2-7b-32k", "--output", target)
+    assert again.exit_code == 2
+    assert "--force" in again.output
+    assert run("init", "llama-2-7b-32k", "--output", target, "--force").exit_code == 0
+    assert yaml.safe_load(target.read_text())["sequence_len"] == 32768
+
+
+@pytest.mark.parametrize("setting", ["sequence_len", "=3", "a..b=1", "a=[1", "adapter.x=1"])
+def test_a_setting_that_makes_no_sense_is_misuse(tmp_path, monkeypatch, setting):
+    monkeypatch.chdir(tmp_path)
+    result = run("init", "qlora-24gb", "--set", setting)
+    assert result.exit_code == 2
+    assert setting in result.output.replace("\n", " ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_setting_is_read_as_yaml():
+    assert parse_setting("longlora.rope=yarn") == (["longlora", "rope"], "yarn")
+    assert parse_setting("a=3")[1] == 3
+    assert parse_setting("a=null")[1] is None
+    assert parse_setting("a=x=y")[1] == "x=y"
+
+
+# ---- JSON Schema ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    return json.loads(run("schema").output)
+
+
+def test_the_schema_accepts_every_shipped_recipe(schema):
+    for path in shipped().values():
+        jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+    jsonschema.validate({"longlora": None}, schema)
+    jsonschema.validate({"longlora": {"rope": {"preset": "yarn", "factor": 8}}}, schema)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"group_sise": 8},
+        {"group_size": 7},
+        {"group_size": 8, "group_size_ratio": 0.5},
+        {"group_size_ratio": 1.5},
+        {"rope": "liner"},
+        {"rope": {"factor": 8}},
+        {"trainable": ["norm"]},
+        {"attention_pattern": "s3"},
+        {"full_attention_below": -1},
+        {"resolved": {}},
+    ],
+)
+def test_the_schema_refuses_what_the_plugin_refuses(schema, block):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"longlora": block}, schema)
+
+
+def test_the_schema_describes_every_key_for_editors(schema, tmp_path):
+    block = schema["properties"]["longlora"]["anyOf"][0]
+    assert all(each.get("description") for each in block["properties"].values())
+    assert "resolved" not in block["properties"]
+    assert run("schema", "--output", tmp_path / "s.json").exit_code == 0
+    assert json.loads((tmp_path / "s.json").read_text()) == schema
+
+
+# ---- where the recipes are ------------------------------------------------------------------
+
+
+def test_a_wheels_layout_is_found_and_reading_it_loads_no_torch(tmp_path):
+    package = tmp_path / "longlora_plugin"
+    shutil.copytree(ROOT / "longlora_plugin", package)
+    shutil.copytree(ROOT / "examples" / "configs", package / "recipes" / "configs")
+    code = (
+        "import sys; from longlora_plugin.recipes import longlora_recipes as shipped; "
+        "print(shipped()['qlora-24gb']); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout.strip() == str(package / "recipes" / "configs" / "qlora-24gb.yml")

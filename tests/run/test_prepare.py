@@ -1,0 +1,175 @@
+"""From a LongLoRA recipe to Axolotl's: what is written, and what is refused before loading."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from transformers import (
+    BloomConfig,
+    FalconConfig,
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+)
+
+from longlora_plugin.run.prepare import asks_for_longlora, lower
+
+
+def llama(**overrides):
+    return LlamaConfig(**{"max_position_embeddings": 4096, **overrides})
+
+
+def recipe(**overrides):
+    return {
+        "base_model": "org/base",
+        "adapter": "longlora",
+        "sequence_len": 32768,
+        **overrides,
+    }
+
+
+def lowered(raw, config=None):
+    updates, _ = lower(raw, config or llama())
+    return {**raw, **updates}
+
+
+def test_two_lines_become_the_papers_recipe():
+    result = lowered(recipe())
+    assert result["adapter"] == "lora"
+    assert (result["lora_r"], result["lora_alpha"], result["lora_dropout"]) == (8, 16, 0.0)
+    assert result["lora_target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert result["model_config"]["max_position_embeddings"] == 32768
+    assert result["model_config"]["rope_parameters"] == {
+        "rope_type": "linear",
+        "factor": 8.0,
+        "rope_theta": 10000.0,
+    }
+    assert result["longlora"]["resolved"]["group_size"] == 8192
+
+
+def test_four_bit_base_becomes_qlora_and_eight_bit_lora():
+    assert lowered(recipe(load_in_4bit=True))["adapter"] == "qlora"
+    assert lowered(recipe(load_in_8bit=True))["adapter"] == "lora"
+
+
+def test_the_recipes_own_lora_settings_win():
+    raw = recipe(lora_r=64, lora_alpha=32, lora_dropout=0.1, lora_target_linear=True)
+    result = lowered(raw)
+    assert (result["lora_r"], result["lora_alpha"], result["lora_dropout"]) == (64, 32, 0.1)
+    assert "lora_target_modules" not in result
+
+
+@pytest.mark.parametrize("adapter", ["lora", "qlora", None])
+def test_a_block_with_another_adapter_leaves_the_adapter_alone(adapter):
+    result = lowered(recipe(adapter=adapter, longlora={}))
+    assert result["adapter"] == adapter
+    assert "lora_r" not in result
+    assert result["longlora"]["resolved"]["adapter"] == adapter
+
+
+def test_recipe_without_our_keys_does_not_ask():
+    assert not asks_for_longlora({"adapter": "lora", "base_model": "x"})
+    assert not asks_for_longlora({"base_model": "x"})
+    assert asks_for_longlora({"longlora": None})
+    assert asks_for_longlora({"adapter": "longlora"})
+
+
+def test_lowering_twice_changes_nothing():
+    once = lowered(recipe())
+    updates, warnings = lower(once, llama())
+    assert (updates, warnings) == ({}, [])
+
+
+def test_neither_recipe_nor_base_config_is_changed():
+    raw, config = recipe(model_config={"attention_bias": False}), llama()
+    before = copy.deepcopy(raw), config.to_dict()
+    lower(raw, config)
+    assert (raw, config.to_dict()) == before
+
+
+def test_other_model_config_overrides_are_kept():
+    result = lowered(recipe(model_config={"sliding_window": None}))
+    assert result["model_config"]["sliding_window"] is None
+    assert result["model_config"]["rope_parameters"]["rope_type"] == "linear"
+
+
+def test_rope_none_leaves_model_config_alone():
+    assert "model_config" not in lowered(recipe(longlora={"rope": "none"}))
+
+
+def test_the_recipes_own_rope_with_ours_off_is_accepted():
+    own = {"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4}}
+    result = lowered(recipe(model_config=own, longlora={"rope": "none"}))
+    assert result["model_config"] == own
+
+
+def test_no_extension_is_a_warning_and_shifted_attention_stays():
+    updates, warnings = lower(recipe(sequence_len=2048), llama())
+    assert "2048 is not above the 4096 tokens" in warnings[0]
+    assert "S²-Attn still runs" in warnings[0]
+    assert "model_config" not in updates
+    assert updates["longlora"]["resolved"]["group_size"] == 512
+
+
+def test_missing_sequence_len_is_axolotls_default():
+    updates, _ = lower({"base_model": "x", "adapter": "longlora"}, llama())
+    assert updates["longlora"]["resolved"]["target_context"] == 512
+
+
+@pytest.mark.parametrize(
+    ("raw", "config", "says"),
+    [
+        (recipe(longlora={"group_sise": 8}), llama(), ["group_sise", "group_size"]),
+        (
+            recipe(longlora={"group_size": 8, "group_size_ratio": 0.5}),
+            llama(),
+            ["two answers", "keep one"],
+        ),
+        (recipe(longlora={"group_size": 9}), llama(), ["even"]),
+        (
+            recipe(sequence_len=64, longlora={"group_size": 128}),
+            llama(max_position_embeddings=32),
+            ["larger than sequence_len", "128"],
+        ),
+        (recipe(longlora={"rope": "liner"}), llama(), ["liner", "linear"]),
+        (recipe(longlora={"rope": {"preset": "yarn", "fctor": 2}}), llama(), ["fctor", "factor"]),
+        (recipe(longlora={"trainable": ["norm"]}), llama(), ["'norm'", "norms"]),
+        (recipe(longlora={"attention_pattern": "s3"}), llama(), ["s3", "s2"]),
+        (recipe(longlora={"rope": "none"}), BloomConfig(), ["org/base", "attention interface"]),
+        (recipe(), GPT2Config(), ["gpt2", "RoPE"]),
+        (
+            recipe(longlora={"rope": "none"}),
+            FalconConfig(),
+            ["org/base", "falcon", "attention interface"],
+        ),
+        (
+            recipe(attn_implementation="xformers"),
+            llama(),
+            ["xformers", "sdpa", "flash_attention_2"],
+        ),
+        (recipe(sage_attention=True), llama(), ["sage"]),
+        (recipe(context_parallel_size=2), llama(), ["context_parallel_size: 2"]),
+        (
+            recipe(model_config={"rope_parameters": {"rope_type": "linear", "factor": 2}}),
+            llama(),
+            ["two answers", "longlora.rope: linear", "rope_parameters", "rope: none"],
+        ),
+        (recipe(sequence_len=262144), Gemma3Config(), ["multimodal", "rope: none"]),
+    ],
+)
+def test_wrong_recipe_is_refused_with_what_to_write(raw, config, says):
+    with pytest.raises(ValueError, match=r".") as error:
+        lower(raw, config)
+    for part in says:
+        assert part in str(error.value), str(error.value)
+
+
+def test_sliding_window_families_are_judged_on_the_built_model_only():
+    lower(recipe(), MistralConfig())
+
+
+@pytest.mark.parametrize("flag", ["flash_attention", "sdp_attention", "eager_attention"])
+def test_legacy_attention_flags_are_understood(flag):
+    lower(recipe(**{flag: True}), llama())
