@@ -23,7 +23,8 @@ class Resolved(BaseModel):
     # Axolotl drops keys whose value is None, so what may be None needs a default.
     adapter: str | None = Field(default=None, description="The adapter the recipe asked for.")
     group_size: int | None = Field(default=None, description="Group size; None without S²-Attn.")
-    original_context: int = Field(description="Tokens the base model was made for.")
+    pretrained_context: int = Field(description="Tokens the base model was pretrained on.")
+    base_context: int = Field(description="Tokens the base model handles as it is.")
     target_context: int = Field(description="Tokens to extend to: the recipe's sequence_len.")
     rope_before: dict[str, Any] = Field(description="rope_parameters of the base model.")
     rope_after: dict[str, Any] = Field(description="rope_parameters of the run.")

@@ -66,7 +66,7 @@ class LongLoRAPlugin(BasePlugin):
                 "LongLoRA RoPE: %s → %s, context %d → %d",
                 resolved.rope_before,
                 resolved.rope_after,
-                resolved.original_context,
+                resolved.base_context,
                 resolved.target_context,
             )
         else:
@@ -209,7 +209,7 @@ class LongLoRAPlugin(BasePlugin):
                     block.held_out,
                     trainer.processing_class,
                     length=block.resolved.target_context,
-                    original_context=block.resolved.original_context,
+                    base_context=block.resolved.base_context,
                     every_steps=block.held_out_steps,
                     base_config=base_config(cfg),
                     log=trainer.log,
@@ -281,7 +281,7 @@ def _finish_merge(cfg: Any, adapter_dir: Path, merged_dir: Path) -> None:
             complete.local_folder(cfg.base_model, cfg.revision_of_model),
             base_config(cfg),
             config_fields=block.resolved.config_fields,
-            original_context=block.resolved.original_context,
+            base_context=block.resolved.base_context,
             target_context=block.resolved.target_context,
         )
     except ValueError as error:

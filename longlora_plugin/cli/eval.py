@@ -118,10 +118,10 @@ def command(
         default_short_context,
     )
     from longlora_plugin.evaluation.models import (
+        base_context,
         choose_dtype,
         load_tokenizer,
         model_sources,
-        original_context,
         rope_notes,
     )
     from longlora_plugin.evaluation.processes import Processes
@@ -135,7 +135,7 @@ def command(
         text_field = text_field or named_field
     processes = Processes.here()
     sources = model_sources(read, models, adapter=adapter)
-    original = original_context(read, read.base_config())
+    original = base_context(read, read.base_config())
     tokenizer = load_tokenizer(read)
     corpus = join(
         [

@@ -101,10 +101,10 @@ def command(
     from transformers.utils import logging
 
     from longlora_plugin.evaluation.models import (
+        base_context,
         choose_dtype,
         load_tokenizer,
         model_sources,
-        original_context,
         rope_notes,
     )
     from longlora_plugin.evaluation.needle_grid import Grid, ask
@@ -116,7 +116,7 @@ def command(
     read = read_recipe(recipe)
     processes = Processes.here()
     sources = model_sources(read, models, adapter=adapter)
-    original = original_context(read, read.base_config())
+    original = base_context(read, read.base_config())
     grid = Grid(
         lengths=lengths or default_lengths(original, read.sequence_len),
         depths=depths,
@@ -149,7 +149,7 @@ def command(
     for table in depth_tables(rows):
         out.print(table)
     if plot:
-        plot_heat_map(rows, plot, original_context=original, target_context=read.sequence_len)
+        plot_heat_map(rows, plot, base_context=original, target_context=read.sequence_len)
     for what, path in (("rows", json_path), ("plot", plot)):
         if path:
             out.print(f"{what}: {path}", highlight=False, soft_wrap=True)

@@ -192,7 +192,7 @@ def _facts(resolved: dict[str, Any]) -> list[str]:
     group = resolved["group_size"]
     return [
         f"adapter {resolved['adapter'] or 'none (full fine-tune)'}",
-        f"context {resolved['original_context']:,} to {resolved['target_context']:,} tokens",
+        f"context {resolved['base_context']:,} to {resolved['target_context']:,} tokens",
         f"RoPE {scaling}",
         f"groups of {group:,}" if group else "full attention",
     ]

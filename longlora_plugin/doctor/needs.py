@@ -85,7 +85,7 @@ def _findings(raw: Mapping[str, Any], resolved: Mapping[str, Any]) -> Iterator[F
     block = parse_block(raw.get("longlora"))
     base = base_config(raw)
     before, after = rope_parameters_of(base), resolved["rope_parameters"]
-    original, target = resolved["original_context"], resolved["target_context"]
+    original, target = resolved["base_context"], resolved["target_context"]
     if before != after:
         yield Finding("RoPE", True, f"{before} → {after}, context {original} → {target}")
     else:

@@ -90,7 +90,7 @@ class LongContextCallback(TrainerCallback):
         windows: held-out token ids [W, L]; every process scores all of them.
         every_steps: optimizer steps between two measurements.
         log: receives a dict of figures, on every process: `trainer.log`.
-        original_context: tokens of the base model's own context.
+        base_context: tokens of the base model's own context.
         base_config: transformers config of the base model, before RoPE was scaled; with it the
             base model is measured, without it the model as training starts.
         buckets: see `windows.bucket_edges_for`.
@@ -104,7 +104,7 @@ class LongContextCallback(TrainerCallback):
         *,
         every_steps: int,
         log: Callable[[dict[str, float]], None],
-        original_context: int,
+        base_context: int,
         base_config: Any = None,
         buckets: int | Sequence[int] | None = None,
         tolerance: float = TOLERANCE,
@@ -116,8 +116,8 @@ class LongContextCallback(TrainerCallback):
         self.every_steps = every_steps
         self.log = log
         self.base_config = base_config
-        self.edges = bucket_edges_for(windows.shape[1], buckets, original_context)
-        self.original_context = min(original_context, windows.shape[1])
+        self.edges = bucket_edges_for(windows.shape[1], buckets, base_context)
+        self.base_context = min(base_context, windows.shape[1])
         self.tolerance = tolerance
         self.warn = warn
         self.base_perplexity: float | None = None
@@ -162,7 +162,7 @@ class LongContextCallback(TrainerCallback):
         if base is not None and now > base * (1 + self.tolerance) and not self._warned:
             self._warned = True
             self.warn(
-                f"longlora: step {state.global_step}: perplexity at {self.original_context} "
+                f"longlora: step {state.global_step}: perplexity at {self.base_context} "
                 f"tokens is {now:.2f}, {now / base - 1:.0%} above the base model's {base:.2f} "
                 f"(more than {self.tolerance:.0%}): the model is losing what it could do at its "
                 "own context. Train longer, lower the learning rate, or try rope: yarn"
@@ -170,7 +170,7 @@ class LongContextCallback(TrainerCallback):
 
     def _near_original(self, losses: np.ndarray) -> float:
         """Perplexity of the second half of the base model's context."""
-        return math.exp(float(losses[self.original_context // 2 : self.original_context].mean()))
+        return math.exp(float(losses[self.base_context // 2 : self.base_context].mean()))
 
     def _position_losses(self, model: nn.Module, args: Any) -> np.ndarray:
         """Mean loss after 1 … L − 1 tokens, in nats, [L − 1]."""

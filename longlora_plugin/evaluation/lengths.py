@@ -306,7 +306,7 @@ class _Run:
             "weights": source.weights,
             "adapter": None if source.adapter is None else str(source.adapter),
             "rope_parameters": source.rope,
-            "original_context": self.contexts.original,
+            "base_context": self.contexts.original,
             "target_context": self.contexts.target,
             "attention": "full",
             "dtype": str(self.dtype).removeprefix("torch."),

@@ -63,9 +63,9 @@ class KeyTokens:
         return (gains > self.gain) & (-long_losses > self.log_probability)
 
 
-def default_short_context(original_context: int) -> int:
-    """K for a model made for `original_context` tokens: inside what it has learned."""
-    return max(2, min(SHORT_CONTEXT, original_context // 2))
+def default_short_context(base_context: int) -> int:
+    """K for a model made for `base_context` tokens: inside what it has learned."""
+    return max(2, min(SHORT_CONTEXT, base_context // 2))
 
 
 def long_perplexity(losses: NDArray[np.float32], key: NDArray[np.bool_]) -> dict[str, object]:

@@ -166,13 +166,13 @@ def extended_config(recipe: Recipe, base_config: Any) -> Any:
     return config
 
 
-def original_context(recipe: Recipe, base_config: Any) -> int:
+def base_context(recipe: Recipe, base_config: Any) -> int:
     """Tokens that the base model handles before the recipe extends it."""
-    from longlora_plugin.rope import supported_context_of
+    from longlora_plugin.rope import base_context_of
 
     if recipe.block is not None and recipe.block.original_context is not None:
         return recipe.block.original_context
-    return supported_context_of(base_config)
+    return base_context_of(base_config)
 
 
 def rope_of(config: Any) -> tuple[Any, Any]:

@@ -46,7 +46,7 @@ def plot_heat_map(
     rows: Sequence[Row],
     path: str | Path,
     *,
-    original_context: int | None = None,
+    base_context: int | None = None,
     target_context: int | None = None,
 ) -> None:
     """Draw depth × length heat maps, one for each model and number of needles, as a PNG.
@@ -91,7 +91,7 @@ def plot_heat_map(
                         fontsize=8,
                         color="white" if value > 0.55 else "#3b3b3b",
                     )
-        for context, style in ((original_context, (0, (3, 2))), (target_context, "solid")):
+        for context, style in ((base_context, (0, (3, 2))), (target_context, "solid")):
             beyond = [i for i, length in enumerate(lengths) if context and length > context]
             if beyond and beyond[0] > 0:
                 place.axvline(beyond[0] - 0.5, color="#c05621", linewidth=1.6, linestyle=style)
@@ -112,8 +112,8 @@ def plot_heat_map(
         place.set_xlabel("tokens")
     figure.colorbar(image, ax=axes, shrink=0.8, label="accuracy", format=lambda v, _: f"{v:.0%}")
     marks = []
-    if original_context and lengths[-1] > original_context > lengths[0] - 1:
-        marks.append(f"dashed: the base model's context, {_tokens(original_context)}")
+    if base_context and lengths[-1] > base_context > lengths[0] - 1:
+        marks.append(f"dashed: the base model's context, {_tokens(base_context)}")
     if target_context and lengths[-1] > target_context > lengths[0] - 1:
         marks.append(f"solid: the trained one, {_tokens(target_context)}")
     figure.suptitle("Passkey retrieval", x=0.01, ha="left", fontsize=12, fontweight="bold")

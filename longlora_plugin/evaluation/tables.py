@@ -72,14 +72,14 @@ def bucket_table(rows: Sequence[Row]) -> Table:
     table = Table(
         title=f"Perplexity by position, windows of {first['length']} tokens",
         caption="position: tokens seen before the predicted one; original context "
-        f"{first['original_context']}",
+        f"{first['base_context']}",
         **TABLE,
     )
     table.add_column("position", justify="right")
     for row in longest:
         table.add_column(row["model"], justify="right")
     for index, bucket in enumerate(first["buckets"]):
-        inside = bucket["to"] <= first["original_context"]
+        inside = bucket["to"] <= first["base_context"]
         table.add_row(
             f"{bucket['from']}–{bucket['to']}",
             *(_number(row["buckets"][index]["perplexity"]) for row in longest),
@@ -102,8 +102,8 @@ def plot_positions(rows: Sequence[Row], path: str | Path, *, title: str | None =
     longest = [row for row in rows if row["length"] == lengths_of(rows)[-1]]
     first = longest[0]
     figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
-    axes.axvspan(first["original_context"], first["length"], color="#f7f3e8", zorder=0)
-    axes.axvline(first["original_context"], color="#a08c5b", linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.axvspan(first["base_context"], first["length"], color="#f7f3e8", zorder=0)
+    axes.axvline(first["base_context"], color="#a08c5b", linewidth=1.2, linestyle=(0, (4, 3)))
     for index, row in enumerate(longest):
         points = [bucket for bucket in row["buckets"] if bucket["perplexity"] is not None]
         color = COLORS[index % len(COLORS)]
@@ -129,12 +129,12 @@ def plot_positions(rows: Sequence[Row], path: str | Path, *, title: str | None =
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ticks = sorted({e for b in first["buckets"] for e in (b["from"], b["to"]) if e >= left})
     doubled = [edge for edge in ticks if _is_doubling(edge, first["length"])]
-    axes.set_xticks(sorted({*doubled, first["original_context"], first["length"]}))
+    axes.set_xticks(sorted({*doubled, first["base_context"], first["length"]}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tokens(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.annotate(
         " original context",
-        (first["original_context"], 0.985),
+        (first["base_context"], 0.985),
         xycoords=("data", "axes fraction"),
         va="top",
         fontsize=9,
@@ -163,7 +163,7 @@ def _row(rows: Sequence[Row], label: str, length: int) -> Row | None:
 
 
 def _marked(length: int, row: Row) -> str:
-    if length == row["original_context"]:
+    if length == row["base_context"]:
         return f"{length}\n(original)"
     return f"{length}\n(target)" if length == row["target_context"] else f"{length}\n"
 

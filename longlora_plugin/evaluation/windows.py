@@ -90,7 +90,7 @@ def sliding_windows(
     return windows
 
 
-def default_bucket_edges(length: int, original_context: int | None = None) -> list[int]:
+def default_bucket_edges(length: int, base_context: int | None = None) -> list[int]:
     """Edges of position buckets, 0 … length: two to a doubling, from 1/32 of the length on.
 
     Early positions differ most, late ones are the question, so a logarithmic scale serves both.
@@ -101,13 +101,13 @@ def default_bucket_edges(length: int, original_context: int | None = None) -> li
     while edge > max(1, length // 32):
         edges |= {edge // 2, edge * 3 // 4}
         edge //= 2
-    if original_context is not None and 0 < original_context < length:
-        edges.add(original_context)
+    if base_context is not None and 0 < base_context < length:
+        edges.add(base_context)
     return sorted(edges)
 
 
 def bucket_edges_for(
-    length: int, buckets: int | Sequence[int] | None, original_context: int | None = None
+    length: int, buckets: int | Sequence[int] | None, base_context: int | None = None
 ) -> list[int]:
     """Edges of the position buckets of windows of `length` tokens.
 
@@ -119,7 +119,7 @@ def bucket_edges_for(
         ValueError: the number or the edges make no sense.
     """
     if buckets is None:
-        return default_bucket_edges(length, original_context)
+        return default_bucket_edges(length, base_context)
     if isinstance(buckets, int):
         if not 1 <= buckets <= length:
             raise ValueError(
@@ -134,10 +134,10 @@ def bucket_edges_for(
     return sorted({0, length, *(edge for edge in edges if edge < length)})
 
 
-def default_lengths(original_context: int, target_context: int) -> list[int]:
+def default_lengths(base_context: int, target_context: int) -> list[int]:
     """Lengths to measure: the original context, its doublings, and the target context."""
     lengths = {target_context}
-    length = original_context
+    length = base_context
     while length < target_context:
         lengths.add(length)
         length *= 2

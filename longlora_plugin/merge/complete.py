@@ -43,7 +43,7 @@ def complete(
     base_config: Any,
     *,
     config_fields: Mapping[str, Any],
-    original_context: int,
+    base_context: int,
     target_context: int,
 ) -> list[str]:
     """Make a merged folder the model that was trained. A second call changes nothing.
@@ -54,7 +54,7 @@ def complete(
         base_dir: the base model's folder.
         base_config: its transformers config.
         config_fields: `rope_parameters` and `max_position_embeddings` of the run; {} keeps them.
-        original_context, target_context: tokens before and after the extension.
+        base_context, target_context: tokens before and after the extension.
 
     Returns:
         A line for each thing that was put right.
@@ -81,7 +81,7 @@ def complete(
     if (base_dir / "generation_config.json").is_file():
         _copy(base_dir / "generation_config.json", merged_dir / "generation_config.json")
     if config_fields:
-        notes += _raise_limits(merged_dir, original_context, target_context)
+        notes += _raise_limits(merged_dir, base_context, target_context)
     return notes
 
 
@@ -235,7 +235,7 @@ def _holds(shard: Path, name: str, tensor: Any) -> bool:
     return held.shape == tensor.shape and bool((tensor.to(held.dtype) == held).all())
 
 
-def _raise_limits(folder: Path, original: int, target: int) -> list[str]:
+def _raise_limits(folder: Path, base: int, target: int) -> list[str]:
     """Raise limits that repeat the old context, or generation would stop where the base's did."""
     notes = []
     for file, key in (("generation_config.json", "max_length"), ("tokenizer_config.json", None)):
@@ -244,7 +244,7 @@ def _raise_limits(folder: Path, original: int, target: int) -> list[str]:
             continue
         key = key or "model_max_length"
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content.get(key) == original != target:
+        if content.get(key) == base != target:
             _write_json(path, {**content, key: target})
             notes.append(f"{file} has {key}: {target}")
     return notes

@@ -255,7 +255,7 @@ def _lowered(
     report.resolved = {
         "adapter": lowered.get("adapter"),
         "group_size": decided["group_size"],
-        "original_context": decided["original_context"],
+        "base_context": decided["base_context"],
         "target_context": decided["target_context"],
         "rope_parameters": decided["rope_after"],
     }

@@ -7,10 +7,10 @@ same number for an unscaled model. `base` reads them from a config, `presets` ho
 """
 
 from longlora_plugin.rope.base_config import (
+    base_context_of,
     has_rope,
-    original_context_of,
+    pretrained_context_of,
     rope_parameters_of,
-    supported_context_of,
 )
 from longlora_plugin.rope.presets import PRESETS, RopeRequest
 from longlora_plugin.rope.resolve import RopeSettings, apply_rope, resolve_rope
@@ -20,9 +20,9 @@ __all__ = [
     "RopeRequest",
     "RopeSettings",
     "apply_rope",
+    "base_context_of",
     "has_rope",
-    "original_context_of",
+    "pretrained_context_of",
     "resolve_rope",
     "rope_parameters_of",
-    "supported_context_of",
 ]

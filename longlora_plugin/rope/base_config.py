@@ -38,7 +38,7 @@ def rope_parameters_of(base_config: Any) -> dict[str, Any]:
     return _normal(config, raw, nested=False)
 
 
-def original_context_of(base_config: Any) -> int:
+def pretrained_context_of(base_config: Any) -> int:
     """Tokens the base model was pretrained on, before any RoPE scaling (8192 for Llama 3.1).
 
     Raises:
@@ -47,7 +47,7 @@ def original_context_of(base_config: Any) -> int:
     return contexts_of(base_config)[0]
 
 
-def supported_context_of(base_config: Any) -> int:
+def base_context_of(base_config: Any) -> int:
     """Tokens the base model handles as it is, its RoPE scaling included (131072 for Llama 3.1).
 
     Raises:

@@ -37,8 +37,8 @@ class RopeRequest:
         base: the base model's `rope_parameters` for the layers to extend, with `rope_type` and
             `rope_theta`.
         rotary_dim: dimensions of a head that are rotated.
-        original_context: tokens of the base model's pretraining, before any scaling.
-        supported_context: tokens the base model handles as it is.
+        pretrained_context: tokens of the base model's pretraining, before any scaling.
+        base_context: tokens the base model handles as it is.
         target_context: tokens to extend to.
         options: what the recipe says beside the preset's name.
         layer_type: the layer type `base` is for, where the model has several; else None.
@@ -47,11 +47,16 @@ class RopeRequest:
     preset: str
     base: dict[str, Any]
     rotary_dim: int
-    original_context: int
-    supported_context: int
+    pretrained_context: int
+    base_context: int
     target_context: int
     options: dict[str, Any] = field(default_factory=dict)
     layer_type: str | None = None
+
+    @property
+    def original_context(self) -> int:
+        """`pretrained_context`, by the name that preset packages for version 0.1 read."""
+        return self.pretrained_context
 
     @property
     def rope_type(self) -> str:
@@ -69,7 +74,7 @@ class RopeRequest:
     @property
     def stretch(self) -> float:
         """How much longer the target is than what the base handles; 1 where it is not."""
-        return max(1.0, self.target_context / self.supported_context)
+        return max(1.0, self.target_context / self.base_context)
 
     @property
     def least_factor(self) -> float:
@@ -84,7 +89,7 @@ class RopeRequest:
         """
         if self.stretch == 1.0:
             return self.least_factor
-        return max(self.least_factor, self.target_context / self.original_context)
+        return max(self.least_factor, self.target_context / self.pretrained_context)
 
 
 def linear(request: RopeRequest) -> dict[str, Any]:
@@ -167,7 +172,7 @@ def yarn(request: RopeRequest) -> dict[str, Any]:
         **request.kept,
         "rope_type": "yarn",
         "factor": _factor(request, request.usual_factor),
-        "original_max_position_embeddings": request.original_context,
+        "original_max_position_embeddings": request.pretrained_context,
         **known,
     }
 
@@ -193,7 +198,7 @@ def llama3(request: RopeRequest) -> dict[str, Any]:
         **request.kept,
         "rope_type": "llama3",
         "factor": _factor(request, request.usual_factor),
-        "original_max_position_embeddings": request.original_context,
+        "original_max_position_embeddings": request.pretrained_context,
         **known,
     }
 
@@ -224,7 +229,7 @@ def longrope(request: RopeRequest) -> dict[str, Any]:
         **request.kept,
         "rope_type": "longrope",
         "factor": _factor(request, request.usual_factor),
-        "original_max_position_embeddings": request.original_context,
+        "original_max_position_embeddings": request.pretrained_context,
         **known,
     }
 
@@ -275,9 +280,9 @@ def _refuse_other_scaling(request: RopeRequest, *extendable: str) -> None:
     extend = f"rope: {own} to extend that, or " if own in PRESETS else ""
     raise ValueError(
         f"rope: {request.preset} cannot be added to the base model's own scaling "
-        f"({request.rope_type}, {request.supported_context} tokens); write {extend}"
+        f"({request.rope_type}, {request.base_context} tokens); write {extend}"
         f"rope: {{preset: {request.preset}, replace: true}} to drop it and scale from the "
-        f"{request.original_context} tokens of pretraining"
+        f"{request.pretrained_context} tokens of pretraining"
     )
 
 
@@ -290,7 +295,7 @@ def _factor(request: RopeRequest, usual: float, least: float | None = None) -> f
     if factor < least * (1 - 1e-9):
         raise ValueError(
             f"rope: {request.preset}: factor {factor:g} is too small to extend "
-            f"{request.supported_context} to {request.target_context} tokens; write factor: "
+            f"{request.base_context} to {request.target_context} tokens; write factor: "
             f"{math.ceil(round(least, 9))} (at least {least:g}), or leave it out"
         )
     return factor

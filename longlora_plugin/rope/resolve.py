@@ -29,8 +29,8 @@ class RopeSettings:
         rope_parameters: complete; plain JSON types. Nested by layer type where the base's are.
         max_position_embeddings: the target, except that `dynamic` keeps the original context (it
             starts to scale above this field), and that a base which supports more keeps its own.
-        original_context: tokens of the base model's pretraining.
-        supported_context: tokens the base model handles without these settings.
+        pretrained_context: tokens of the base model's pretraining.
+        base_context: tokens the base model handles without these settings.
         factor: the scaling factor written, or target / supported context where only θ changes;
             1.0 where nothing is extended.
         extended: whether `rope_parameters` differ from the base model's.
@@ -41,8 +41,8 @@ class RopeSettings:
     preset: str
     rope_parameters: dict[str, Any]
     max_position_embeddings: int
-    original_context: int
-    supported_context: int
+    pretrained_context: int
+    base_context: int
     factor: float
     extended: bool
     config_fields: dict[str, Any]
@@ -65,7 +65,7 @@ def resolve_rope(
         base_config: the base model's config, never changed: a transformers config (of a composite
             one the text config counts), or a mapping or object with the fields of a `config.json`.
         target_context: tokens to extend to.
-        original_context: tokens the base was pretrained on; default `original_context_of`.
+        original_context: tokens the base was pretrained on; default `pretrained_context_of`.
         options: the preset's own (`factor`, `beta_fast`, …), and `replace=True` to drop the base's
             scaling and start from its original context.
 
@@ -100,8 +100,8 @@ def resolve_rope(
         preset=str(preset),
         base=layer,
         rotary_dim=rotary_dim_of(config),
-        original_context=original,
-        supported_context=supported,
+        pretrained_context=original,
+        base_context=supported,
         target_context=target,
         options=dict(options),
         layer_type=layer_type,
@@ -138,7 +138,7 @@ def _settings(
     extended = after != (before[request.layer_type] if request.layer_type else before)
     maximum = maximum_of(config) or request.target_context
     if after.get("rope_type") == "dynamic":
-        maximum = request.original_context
+        maximum = request.pretrained_context
     elif extended and restart:
         maximum = request.target_context
     elif request.preset != "none":
@@ -155,8 +155,8 @@ def _settings(
         preset=request.preset,
         rope_parameters=parameters,
         max_position_embeddings=maximum,
-        original_context=request.original_context,
-        supported_context=request.supported_context,
+        pretrained_context=request.pretrained_context,
+        base_context=request.base_context,
         factor=float(after.get("factor") or request.stretch) if extended else 1.0,
         extended=extended,
         config_fields=copy.deepcopy(fields),

@@ -73,14 +73,15 @@ def lower(recipe: Mapping[str, Any], base_config: Any) -> tuple[dict[str, Any], 
     settings = _rope(block, base_config, sequence_len)
     if block.rope_preset != "none" and not settings.extended:
         warnings.append(
-            f"sequence_len {sequence_len} is not above the {settings.supported_context} tokens "
+            f"sequence_len {sequence_len} is not above the {settings.base_context} tokens "
             f"that {recipe.get('base_model')} already handles: RoPE stays as it is, nothing is "
             "extended" + (" (S²-Attn still runs)" if group_size else "")
         )
     resolved = Resolved(
         adapter=adapter,
         group_size=group_size,
-        original_context=settings.original_context,
+        pretrained_context=settings.pretrained_context,
+        base_context=settings.base_context,
         target_context=sequence_len,
         rope_before=rope_parameters_of(base_config),
         rope_after=settings.rope_parameters,

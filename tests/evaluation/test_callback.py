@@ -48,7 +48,7 @@ def extended(base, seed=0):
 
 
 def callback(windows, logged, **options):
-    options = {"every_steps": 2, "original_context": ORIGINAL, "buckets": 4} | options
+    options = {"every_steps": 2, "base_context": ORIGINAL, "buckets": 4} | options
     return LongContextCallback(windows, log=logged.append, **options)
 
 

@@ -598,7 +598,7 @@ def test_two_lines_make_a_stock_recipe_longlora_and_change_nothing_else(name, tm
     if stock.extends is None:
         assert written == {}
     else:
-        assert (resolved["original_context"], resolved["target_context"]) == stock.extends
+        assert (resolved["base_context"], resolved["target_context"]) == stock.extends
         assert written["rope_parameters"] == resolved["rope_after"]
         assert written["max_position_embeddings"] == stock.extends[1]
 

@@ -109,7 +109,7 @@ def test_shipped_recipe_is_right_and_fits_the_gpus_it_names(name, bases, monkeyp
     assert any(f"fits {gpus} × {gpu}" in note for note in report.notes) == (gpu is not None)
     rope = report.resolved["rope_parameters"]
     assert (
-        report.resolved["original_context"],
+        report.resolved["base_context"],
         report.resolved["target_context"],
         rope["rope_type"],
         rope["factor"],

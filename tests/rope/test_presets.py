@@ -38,11 +38,11 @@ from longlora_plugin.hookspecs import hookimpl
 from longlora_plugin.rope import (
     PRESETS,
     apply_rope,
+    base_context_of,
     has_rope,
-    original_context_of,
+    pretrained_context_of,
     resolve_rope,
     rope_parameters_of,
-    supported_context_of,
 )
 
 TINY = {
@@ -379,12 +379,12 @@ def test_theta_sets_the_explicit_base_code_llama_used(option):
 
 
 def test_contexts_of_scaled_models():
-    assert (original_context_of(LLAMA31), supported_context_of(LLAMA31)) == (8192, 131072)
-    assert (original_context_of(LLAMA2), supported_context_of(LLAMA2)) == (4096, 4096)
-    assert (original_context_of(QWEN25_YARN), supported_context_of(QWEN25_YARN)) == (32768, 131072)
+    assert (pretrained_context_of(LLAMA31), base_context_of(LLAMA31)) == (8192, 131072)
+    assert (pretrained_context_of(LLAMA2), base_context_of(LLAMA2)) == (4096, 4096)
+    assert (pretrained_context_of(QWEN25_YARN), base_context_of(QWEN25_YARN)) == (32768, 131072)
     coder = {**LLAMA2, "max_position_embeddings": 16384}
     coder["rope_scaling"] = {"type": "linear", "factor": 4.0}
-    assert (original_context_of(coder), supported_context_of(coder)) == (4096, 16384)
+    assert (pretrained_context_of(coder), base_context_of(coder)) == (4096, 16384)
 
 
 def test_llama_3_1_to_256k_keeps_its_own_scaling_and_raises_the_factor():
@@ -395,7 +395,7 @@ def test_llama_3_1_to_256k_keeps_its_own_scaling_and_raises_the_factor():
         "factor": 32.0,
     }
     assert resolved.max_position_embeddings == 262144
-    assert (resolved.original_context, resolved.supported_context) == (8192, 131072)
+    assert (resolved.pretrained_context, resolved.base_context) == (8192, 131072)
     before = llama3_frequencies(5e5, 128, 8, 8192)
     after = llama3_frequencies(5e5, 128, resolved.rope_parameters["factor"], 8192)
     assert 262144 * after[-1] <= 131072 * before[-1]
@@ -518,7 +518,7 @@ def test_phi_with_longrope_is_extended_by_its_own_long_list():
     own = {"type": "longrope", **lists(16)}
     fields = {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 128}
     config = tiny(Phi3Config, rope_scaling=own, **{**fields, "max_position_embeddings": 512})
-    assert (original_context_of(config), supported_context_of(config)) == (128, 512)
+    assert (pretrained_context_of(config), base_context_of(config)) == (128, 512)
     assert not resolve_rope("longrope", config, 512).extended
     apply_rope(config, resolve_rope("longrope", config, 1024))
     model = build(config)
@@ -635,14 +635,14 @@ def test_the_first_phi_3_configs_are_read_as_longrope():
     scaling = {"type": "su", "short_factor": [1.0], "long_factor": [2.0]}
     phi3 = {**LLAMA2, "max_position_embeddings": 131072, "rope_scaling": scaling}
     phi3["original_max_position_embeddings"] = 4096
-    assert (original_context_of(phi3), supported_context_of(phi3)) == (4096, 131072)
+    assert (pretrained_context_of(phi3), base_context_of(phi3)) == (4096, 131072)
     parameters = rope_parameters_of(phi3)
     assert (parameters["rope_type"], parameters["factor"]) == ("longrope", 32)
 
 
 def test_the_text_part_of_a_plain_multimodal_mapping_counts():
-    assert original_context_of({"vision_config": {}, "text_config": LLAMA31}) == 8192
-    assert supported_context_of({"vision_config": {}, "text_config": LLAMA2}) == 4096
+    assert pretrained_context_of({"vision_config": {}, "text_config": LLAMA31}) == 8192
+    assert base_context_of({"vision_config": {}, "text_config": LLAMA2}) == 4096
 
 
 def test_model_specific_keys_are_kept():
@@ -878,7 +878,7 @@ def test_any_unscaled_base_and_target(preset, original, target, theta, form):
     assert (base.to_dict() == before.to_dict()) if form is LlamaConfig else (base == before)
     parameters = resolved.rope_parameters
     assert json.loads(json.dumps(parameters)) == parameters
-    assert resolved.original_context == original
+    assert resolved.pretrained_context == original
     assert resolved.extended == (target > original)
     if not resolved.extended:
         assert parameters == {"rope_type": "default", "rope_theta": theta}
@@ -908,7 +908,7 @@ def test_extending_a_scaled_base_again_only_grows_it(preset, original, targets):
         assert parameters["rope_theta"] >= theta
         factor, theta = parameters.get("factor", 1.0), parameters["rope_theta"]
         base = {**base, **resolved.config_fields}
-        assert supported_context_of(base) >= target
+        assert base_context_of(base) >= target
         assert not resolve_rope(preset, base, target).extended
 
 

@@ -36,7 +36,7 @@ def exact_interpolation(request: RopeRequest) -> dict[str, Any]:
         raise ValueError(f"rope: exact takes no options, got {', '.join(unknown)}")
     if request.rope_type != "default":
         raise ValueError(f"rope: exact needs an unscaled base, this one has {request.rope_type}")
-    return {"rope_type": "linear", "factor": request.target_context / request.original_context}
+    return {"rope_type": "linear", "factor": request.target_context / request.pretrained_context}
 
 
 @hookimpl
