@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from longlora_plugin.checkpoints.files import whole_file
+
 ADAPTER_FILE = "adapter_model.safetensors"
 WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 """What activation checkpointing, FSDP and torch.compile put into parameter names."""
@@ -121,9 +123,8 @@ def save_adapter_state(
     file = folder / ADAPTER_FILE
     if into and file.is_file():
         tensors = {**load_file(file), **tensors}
-    partial = folder / f"{ADAPTER_FILE}.partial"
-    save_file(dict(tensors), partial, metadata={"format": "pt"})
-    partial.replace(file)
+    with whole_file(file) as partial:
+        save_file(dict(tensors), partial, metadata={"format": "pt"})
 
 
 def save_adapter(model: Any, folder: Path) -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longlora_plugin.checkpoints.files import whole_file, write_json
+
 PREFIX = "base_model.model."
 LORA_FILE, TRAINED_FILE, WHOLE_FILE = (
     "adapter_model.bin",
@@ -92,15 +94,12 @@ def import_checkpoint(
     tensors = {
         PREFIX + name: tensor.contiguous().clone() for name, tensor in {**lora, **trained}.items()
     }
-    partial = target / "adapter_model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(target / "adapter_model.safetensors")
+    with whole_file(target / "adapter_model.safetensors") as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
     if config is not None:
         config.save_pretrained(target)
     # Last: a folder with this file is a complete adapter.
-    (target / "adapter_config.json").write_text(
-        json.dumps(adapter_config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    write_json(target / "adapter_config.json", adapter_config)
     return Imported(len(lora), len(trained), context if config is not None else None, tuple(notes))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longlora_plugin.checkpoints.files import whole_file, write_json
 from longlora_plugin.merge.tensors import (
     ADAPTER_FILE,
     INDEX,
@@ -103,7 +104,7 @@ def write_config_fields(folder: Path, fields: Mapping[str, Any]) -> bool:
             changed.pop(old, None)
     if changed == config:
         return False
-    _write_json(path, changed)
+    write_json(path, changed)
     return True
 
 
@@ -210,9 +211,8 @@ def write_tensors(merged_dir: Path, tensors: Mapping[str, Any]) -> None:
             metadata = merged.metadata()
         held = load_file(shard)
         held.update({name: tensors[name].to(held[name].dtype) for name in ours})
-        partial = shard.with_suffix(".partial")
-        save_file(held, partial, metadata=metadata)
-        partial.replace(shard)
+        with whole_file(shard) as partial:
+            save_file(held, partial, metadata=metadata)
 
 
 def _tables(base: Any) -> set[str]:
@@ -245,20 +245,11 @@ def _raise_limits(folder: Path, base: int, target: int) -> list[str]:
         key = key or "model_max_length"
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get(key) == base != target:
-            _write_json(path, {**content, key: target})
+            write_json(path, {**content, key: target})
             notes.append(f"{file} has {key}: {target}")
     return notes
 
 
 def _copy(source: Path, target: Path) -> None:
-    partial = target.with_name(target.name + ".partial")
-    shutil.copyfile(source, partial)
-    partial.replace(target)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(
-        json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    partial.replace(path)
+    with whole_file(target) as partial:
+        shutil.copyfile(source, partial)
