@@ -29,14 +29,14 @@ $(VENV)/.installed: pyproject.toml
 # The in-process launcher: one process on a CPU needs no accelerate, and it starts 10 s sooner.
 # Windows move by 256 and all their tokens are scored, so every position bucket reads the same text.
 demo: install
-	python examples/quickstart/text.py $(OUT)/text
+	python -m benchmarks.experiments.quickstart.text $(OUT)/text
 	rm -rf $(OUT)/run $(OUT)/eval.json
 	axolotl train $(RECIPE) --launcher python
 	axolotl longlora eval $(RECIPE) --data $(OUT)/text/heldout.jsonl --lengths 256,2048 \
 		--buckets 0,256,512,1024,1536,2048 --stride 256 --score all --max-tokens 32768 \
 		--json $(OUT)/eval.json --plot $(OUT)/perplexity.png
 	axolotl merge-lora $(RECIPE)
-	python examples/quickstart/summary.py $(OUT)
+	python -m benchmarks.experiments.quickstart.summary $(OUT)
 
 # Two workers for two cores; a file's tests stay together, they share what is slow to make.
 test: install
@@ -69,7 +69,7 @@ lint: install
 	mypy longlora_plugin
 
 bench: install
-	python benchmarks/attention.py --json outputs/bench/attention.json --plot outputs/bench/attention.png
+	python -m benchmarks.attention --json outputs/bench/attention.json --plot outputs/bench/attention.png
 
 docs: install
 	$(BIN)/pip install --quiet -e ".[docs]"
@@ -80,9 +80,9 @@ docs: install
 STUDY := outputs/study
 
 study: install | $(OUT)/text/train.jsonl
-	python benchmarks/study run $(if $(QUICK),--quick)
-	test -f $(STUDY)/timing.json || python benchmarks/study time
-	python benchmarks/study report
+	python -m benchmarks.study run $(if $(QUICK),--quick)
+	test -f $(STUDY)/timing.json || python -m benchmarks.study time
+	python -m benchmarks.study report
 
 # A real pretrained model in about 35 minutes on one core. Rows and runs that are there are kept.
 SMOLLM2 := outputs/smollm2
@@ -96,7 +96,7 @@ SMOLLM2_PASS = $(call SMOLLM2_EVAL,$(1)) --lengths 16384 --stride 16384 \
 
 smollm2: install
 	$(BIN)/pip install --quiet "gguf>=0.10" "rdata>=0.11"
-	python examples/smollm2/prepare.py $(SMOLLM2)
+	python -m benchmarks.experiments.smollm2.prepare $(SMOLLM2)
 	axolotl longlora eval $(SMOLLM2_RECIPE) --model base $(call SMOLLM2_PASS,unscaled)
 	axolotl longlora eval $(SMOLLM2_RECIPE) --model base $(call SMOLLM2_EVAL,windows) \
 		--lengths 8192 --stride 4096 --tokens $(SMOLLM2)/eval/windows.safetensors
@@ -112,7 +112,7 @@ smollm2: install
 		axolotl longlora eval $(SMOLLM2)/$$preset.yml --model adapter \
 			$(call SMOLLM2_PASS,$$preset-trained) || exit 1; \
 	done
-	python examples/smollm2/table.py $(SMOLLM2)
+	python -m benchmarks.experiments.smollm2.table $(SMOLLM2)
 
 # From books to questions, three seeds of training, and scores on held-out books. Every step is a
 # file: what is finished is not done again. The seeds share all but --seed and their folder.
@@ -122,20 +122,20 @@ LONGQA_SEEDS ?= 1 2 3
 LONGQA_SCORES := $(LONGQA_SEEDS:%=$(LONGQA)/scores/seed-%.json)
 
 longqa: $(LONGQA)/scores/base.json $(LONGQA_SCORES)
-	python examples/longqa/table.py $^ --out $(LONGQA)
+	python -m benchmarks.experiments.longqa.table $^ --out $(LONGQA)
 
 $(LONGQA)/scores/base.json: $(LONGQA)/heldout.stats.json $(LONGQA)/extended/model.safetensors
-	python examples/longqa/score.py $(LONGQA_RECIPE) $(LONGQA)/heldout.jsonl $@ --model base
+	python -m benchmarks.experiments.longqa.score $(LONGQA_RECIPE) $(LONGQA)/heldout.jsonl $@ --model base
 
 $(LONGQA)/scores/seed-%.json: $(LONGQA)/seed-%/adapter_model.safetensors $(LONGQA)/heldout.stats.json
-	python examples/longqa/score.py $(LONGQA_RECIPE) $(LONGQA)/heldout.jsonl $@ \
+	python -m benchmarks.experiments.longqa.score $(LONGQA_RECIPE) $(LONGQA)/heldout.jsonl $@ \
 		--model seed-$*=$(LONGQA)/seed-$*
 
 $(LONGQA)/seed-%/adapter_model.safetensors: $(LONGQA)/train.stats.json $(LONGQA)/extended/model.safetensors
 	axolotl train $(LONGQA_RECIPE) --launcher python --seed $* --output-dir $(LONGQA)/seed-$*
 
 $(LONGQA)/%.stats.json: $(OUT)/text/%.jsonl
-	python examples/longqa/documents.py $< $(LONGQA)/books/$*
+	python -m benchmarks.experiments.longqa.documents $< $(LONGQA)/books/$*
 	axolotl longlora longqa build $(LONGQA)/books/$* $(LONGQA)/$*.jsonl \
 		--tokenizer examples/quickstart/model --context 2048 --seed 0
 	axolotl longlora longqa stats $(LONGQA)/$*.jsonl --sequence-len 2048 --json $@
@@ -148,7 +148,7 @@ $(LONGQA)/extended/model.safetensors: | $(OUT)/text/train.jsonl
 	cp -r $(OUT)/run/merged $(@D).partial && mv $(@D).partial $(@D)
 
 $(OUT)/text/%.jsonl: | $(VENV)/.installed
-	python examples/quickstart/text.py $(OUT)/text
+	python -m benchmarks.experiments.quickstart.text $(OUT)/text
 
 .SECONDARY: $(LONGQA_SEEDS:%=$(LONGQA)/seed-%/adapter_model.safetensors) $(LONGQA)/train.stats.json
 

@@ -1,4 +1,4 @@
-"""The study: ``python benchmarks/study run`` makes what is missing, ``… report`` writes the page.
+"""The study: ``-m benchmarks.study run`` makes what is missing, ``… report`` writes the page.
 
 Does LongLoRA's recipe do at a small scale what the paper says, and what repairs it where it does
 not? Each run is one JSON file in OUT/rows; a run that is there is not made again, so the study can
@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 import click
-from plan import runs
-from worker import base_model, books_of, file_of, work, write
+
+from benchmarks.study.plan import runs
+from benchmarks.study.worker import base_model, books_of, file_of, work, write
 
 
 @click.group(help=__doc__)
@@ -24,7 +25,7 @@ from worker import base_model, books_of, file_of, work, write
     "--text",
     type=click.Path(path_type=Path),
     default=Path("outputs/quickstart/text"),
-    help="Folder that examples/quickstart/text.py wrote.",
+    help="Folder that benchmarks/experiments/quickstart/text.py wrote.",
 )
 @click.pass_context
 def study(context: click.Context, out: Path, text: Path) -> None:
@@ -51,7 +52,7 @@ def run(
     if not (text / "train.jsonl").is_file():
         raise click.ClickException(
             f"{text}/train.jsonl is missing; write it with "
-            f"python examples/quickstart/text.py {text}"
+            f"python -m benchmarks.experiments.quickstart.text {text}"
         )
     rows = out / "rows"
     rows.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,8 @@ def run(
 def time_steps(where: tuple[Path, Path]) -> None:
     """Time a step with full attention and with S²-Attn, alternately, in one process."""
     import torch
-    from timing import alternate
+
+    from benchmarks.study.timing import alternate
 
     out, text = where
     torch.set_num_threads(1)
@@ -93,8 +95,8 @@ def time_steps(where: tuple[Path, Path]) -> None:
 @click.pass_obj
 def report(where: tuple[Path, Path], folder: Path | None) -> None:
     """Print the tables and write the page with its plots to FOLDER (default: OUT)."""
-    from report import show, write_page
-    from results import Results
+    from benchmarks.study.report import show, write_page
+    from benchmarks.study.results import Results
 
     out, _ = where
     results = Results(out)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import Books, book_batches, plant
+
+from benchmarks.study.data import Books, book_batches, plant
 
 STAGES = ((32, 60), (64, 40), (128, 40), (256, 80))
 """(tokens of a window, steps), one after the other."""

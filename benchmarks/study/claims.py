@@ -13,8 +13,8 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from plan import Row
-from results import (
+from benchmarks.study.plan import Row
+from benchmarks.study.results import (
     Measured,
     Results,
     at,

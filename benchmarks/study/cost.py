@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from settings import Settings
-from sinks import allowed
+from benchmarks.study.settings import Settings
+from benchmarks.study.sinks import allowed
 
 HEADS, LAYERS = 8, 4
 

@@ -12,9 +12,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from data import DIGITS, Books, passkey_test
-from settings import ORIGINAL_CONTEXT, Settings
 
+from benchmarks.study.data import DIGITS, Books, passkey_test
+from benchmarks.study.settings import ORIGINAL_CONTEXT, Settings
 from longlora_plugin.evaluation.perplexity import score_documents, token_losses
 
 WINDOWS = 48

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from settings import Settings
+from benchmarks.study.settings import Settings
 
 SEEDS = (0, 1, 2)
 ONE = (0,)

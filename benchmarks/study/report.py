@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import results as figures
-from claims import CLAIMS, difference
-from plan import QUESTIONS, Question, Row
-from results import Results, Value
+from benchmarks.study import results as figures
+from benchmarks.study.claims import CLAIMS, difference
+from benchmarks.study.plan import QUESTIONS, Question, Row
+from benchmarks.study.results import Results, Value
 
 INTRODUCTION = Path(__file__).with_name("introduction.md")
 CONCLUSIONS = Path(__file__).with_name("conclusions.md")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cost import attention_cost
-from plan import QUESTIONS, Question, Row
-from settings import Settings
+from benchmarks.study.cost import attention_cost
+from benchmarks.study.plan import QUESTIONS, Question, Row
+from benchmarks.study.settings import Settings
 
 Measured = dict[str, Any]
 """One run's JSON file."""
@@ -127,6 +127,6 @@ def tokens_a_second(measured: Measured) -> float:
 
 def cost(settings: Settings) -> float:
     """Attention's query-key pairs as a share of full attention's, over the run."""
-    from train import full_attention_steps
+    from benchmarks.study.train import full_attention_steps
 
     return attention_cost(settings, len(full_attention_steps(settings)))

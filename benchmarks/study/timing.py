@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import Books
-from settings import Settings
-from train import Attention, adapt, load, optimizer_of, step_of
+
+from benchmarks.study.data import Books
+from benchmarks.study.settings import Settings
+from benchmarks.study.train import Attention, adapt, load, optimizer_of, step_of
 
 ROUNDS = 9
 """Steps of each kind that count; one of each goes before."""

@@ -13,15 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
-from data import Books, book_batches, plant
 from peft import LoraConfig, get_peft_model
-from settings import Settings
-from sinks import attend_with_sinks
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from benchmarks.study import measure
+from benchmarks.study.data import Books, book_batches, plant
+from benchmarks.study.settings import Settings
+from benchmarks.study.sinks import attend_with_sinks
 from longlora_plugin.adapter.modules import embedding_modules, norm_modules, shortest_names
 from longlora_plugin.attention import AttentionPattern, enable_shifted_attention
 from longlora_plugin.rope import apply_rope, resolve_rope

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from settings import Settings
+
+from benchmarks.study.settings import Settings
 
 BUNDLED = Path(__file__).parents[2] / "examples/quickstart/model"
 
@@ -49,7 +50,7 @@ def work(missing: list[Settings], out: Path, text: Path, until: float | None) ->
 
 
 def _make(settings: Settings, path: Path, out: Path, text: Path) -> None:
-    import train
+    from benchmarks.study import train
 
     started = time.monotonic()
     model_dir = base_model(settings.task, out, text)
@@ -64,15 +65,16 @@ def _make(settings: Settings, path: Path, out: Path, text: Path) -> None:
 
 @functools.cache
 def books_of(text: Path) -> Any:
-    from data import Books
     from transformers import AutoTokenizer
+
+    from benchmarks.study.data import Books
 
     return Books.read(AutoTokenizer.from_pretrained(BUNDLED), text)
 
 
 def base_model(task: str, out: Path, text: Path) -> Path:
     """Folder of the model that the runs of a task start from."""
-    from base import retrieval_base
+    from benchmarks.study.base import retrieval_base
 
     return BUNDLED if task == "books" else retrieval_base(BUNDLED, out, books_of(text))
 

@@ -10,7 +10,6 @@ Signatures: flash-attn 2.8 (`flash_attn/flash_attn_interface.py`), FlashAttentio
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import types
@@ -31,6 +30,8 @@ from transformers.integrations import hub_kernels
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from benchmarks.attention.__main__ import main
+from benchmarks.attention.methods import roll_and_matmul
 from longlora_plugin.attention import (
     S2,
     enable_shifted_attention,
@@ -839,23 +840,13 @@ def test_on_a_gpu_each_library_equals_the_definition(implementation: str) -> Non
 # --- the benchmark -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> types.ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "attention.py"
-    spec = importlib.util.spec_from_file_location("benchmark_attention", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = benchmark
-    spec.loader.exec_module(benchmark)
-    return benchmark
-
-
 @pytest.mark.parametrize("flash", ["flash_attention_2"], indirect=True)
 def test_the_benchmark_times_every_back_end_and_writes_table_json_and_picture(
-    flash: FlashLibrary, benchmark: types.ModuleType, tmp_path: Path
+    flash: FlashLibrary, tmp_path: Path
 ) -> None:
     outputs = {kind: tmp_path / f"out.{kind}" for kind in ("json", "png", "md")}
     result = CliRunner().invoke(
-        benchmark.main,
+        main,
         [
             *["--lengths", "64,128", "--group-size", "32", "--rounds", "1", "--head-dim", "16"],
             *["--dtype", "bfloat16", "--device", "cpu"],
@@ -885,12 +876,10 @@ def test_the_benchmark_times_every_back_end_and_writes_table_json_and_picture(
     assert outputs["md"].read_text().count("\n") == 2 + 2 * 2 * 2 * 2
 
 
-def test_the_benchmarks_rolling_leaks_the_future_and_agrees_elsewhere(
-    benchmark: types.ModuleType,
-) -> None:
+def test_the_benchmarks_rolling_leaks_the_future_and_agrees_elsewhere() -> None:
     """The published algorithm and ours differ in the shifted heads' end half-groups only."""
     qkv = inputs(64, dtype=torch.float64)
-    rolled = benchmark.roll_and_matmul(*qkv, 16)
+    rolled = roll_and_matmul(*qkv, 16)
     ours = shifted_sparse_attention(*qkv, group_size=16)
     assert_near(rolled[:, :2], ours[:, :2], 1e-6)  # its softmax is in fp32
     assert_near(rolled[:, 2:, 8:], ours[:, 2:, 8:], 1e-6)

@@ -1,17 +1,14 @@
-"""`examples/longqa`: how answers are scored, with models whose answers are known by hand."""
+"""How LongQA's answers are scored, with models whose answers are known by hand."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import random
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from click.testing import CliRunner
 from longqa_material import PEOPLE, PLACES, story
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.experiments.longqa import documents, questions, score, table
 from longlora_plugin.cli import longlora
 from longlora_plugin.longqa.wordings import FRAMES, phrase
 
@@ -58,19 +56,6 @@ def book(number: int) -> str:
     return re.sub(r"\w+", lambda m: RENAMED.get(m[0], m[0]), text) if number == 2 else text
 
 
-def load_script(name: str) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(
-        f"longqa_{name}", ROOT / "examples" / "longqa" / f"{name}.py"
-    )
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
-
-
-documents, score, table = (load_script(name) for name in ("documents", "score", "table"))
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
@@ -103,7 +88,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(data):
-    return score.read_rows(data)
+    return questions.read_rows(data)
 
 
 def bigram_model(tokenizer, chances: dict[int, dict[int, float]]) -> LlamaForCausalLM:
@@ -143,8 +128,8 @@ def bigram_model(tokenizer, chances: dict[int, dict[int, float]]) -> LlamaForCau
 
 
 def question(task: str, prompt: list[int], answers: list[list[int]], text: str, book: str = "b"):
-    row = score.Row(f"{task} {text}", task, book, "", ("", ""), text)
-    return score.Question(row, prompt, prompt[::-1], answers)
+    row = questions.Row(f"{task} {text}", task, book, "", ("", ""), text)
+    return questions.Question(row, prompt, prompt[::-1], answers)
 
 
 # ---- answers as text ------------------------------------------------------------------------
@@ -164,8 +149,8 @@ def question(task: str, prompt: list[int], answers: list[list[int]], text: str, 
     ],
 )
 def test_an_answer_is_exact_but_for_case_spaces_and_outer_marks(said, answer, exact, begins):
-    assert score.is_exact(said, answer) is exact
-    assert score.begins_with(said, answer) is begins
+    assert questions.is_exact(said, answer) is exact
+    assert questions.begins_with(said, answer) is begins
 
 
 @pytest.mark.parametrize(
@@ -194,7 +179,7 @@ def test_an_instruction_is_split_where_its_wording_put_the_document(kind):
     seen = set()
     for seed in range(40):
         whole = phrase(kind, document, "Who says these words?", random.Random(seed))
-        before, found, after = score.split_instruction(whole, kind)
+        before, found, after = questions.split_instruction(whole, kind)
         assert found == document
         assert before + found + after == whole
         assert after.endswith("Who says these words?")
@@ -204,7 +189,7 @@ def test_an_instruction_is_split_where_its_wording_put_the_document(kind):
 
 def test_an_instruction_in_no_known_wording_is_refused():
     with pytest.raises(ValueError, match="no wording for a book"):
-        score.split_instruction("Who says these words?", "book")
+        questions.split_instruction("Who says these words?", "book")
 
 
 def test_rows_come_back_with_task_book_and_document(data, rows):
@@ -219,14 +204,14 @@ def test_rows_come_back_with_task_book_and_document(data, rows):
 
 
 def test_a_sample_is_spread_evenly_over_the_rows_of_each_task():
-    rows = [score.Row(str(n), "ab"[n % 2], "", "", ("", ""), "") for n in range(21)]
-    assert [row.name for row in score.sample(rows, 3)] == ["0", "6", "14", "1", "7", "13"]
-    assert len(score.sample(rows, 100)) == 21
+    rows = [questions.Row(str(n), "ab"[n % 2], "", "", ("", ""), "") for n in range(21)]
+    assert [row.name for row in questions.sample(rows, 3)] == ["0", "6", "14", "1", "7", "13"]
+    assert len(questions.sample(rows, 100)) == 21
 
 
 def test_the_other_document_is_of_another_book_near_in_length_and_without_the_answer():
     def row(book, document, answer="Ann"):
-        return score.Row("", "fill_name", book, document, ("", ""), answer)
+        return questions.Row("", "fill_name", book, document, ("", ""), answer)
 
     asked = row("one", "x" * 50)
     pool = [
@@ -236,19 +221,19 @@ def test_the_other_document_is_of_another_book_near_in_length_and_without_the_an
         row("two", "z" * 30),
         row("two", "z" * 80),
     ]
-    assert score.other_document(asked, pool) == "z" * 30
+    assert questions.other_document(asked, pool) == "z" * 30
     with pytest.raises(ValueError, match="two books"):
-        score.other_document(asked, pool[:3])
+        questions.other_document(asked, pool[:3])
 
 
 def test_wrong_answers_are_wrong_of_the_right_form_and_always_the_same(rows):
     for row in rows:
-        found = score.distractors(row, rows)
-        assert found == score.distractors(row, rows)
-        assert len({*map(score.normalise, found), score.normalise(row.answer)}) == 4
-        if row.task in score.LETTERS:
+        found = questions.distractors(row, rows)
+        assert found == questions.distractors(row, rows)
+        assert len({*map(questions.normalise, found), questions.normalise(row.answer)}) == 4
+        if row.task in questions.LETTERS:
             assert all(sorted(text) == sorted(row.answer) for text in found)
-        elif row.task in score.NAMES:
+        elif row.task in questions.NAMES:
             assert all(len(text.split()) <= 3 for text in found)
         else:
             # There are enough in the document, so none is from elsewhere.
@@ -268,7 +253,7 @@ def test_tokens_are_those_that_axolotl_trains_on(tokenizer, data, rows):
     wrapped, _ = get_dataset_wrapper(
         DictDefault(path=str(data), type="alpaca"), tokenizer, cfg, "alpaca", written
     )
-    tokens = score.alpaca_tokens(tokenizer, CONTEXT)
+    tokens = questions.alpaca_tokens(tokenizer, CONTEXT)
     for trained, row in zip(wrapped, rows, strict=False):
         prompt, answer = tokens(row.instruction(row.document), row.answer)
         assert trained["input_ids"] == [*prompt, *answer, tokenizer.eos_token_id]
@@ -276,26 +261,26 @@ def test_tokens_are_those_that_axolotl_trains_on(tokenizer, data, rows):
 
 
 def test_a_row_longer_than_the_context_is_refused(tokenizer):
-    tokens = score.alpaca_tokens(tokenizer, 100)
+    tokens = questions.alpaca_tokens(tokenizer, 100)
     with pytest.raises(ValueError, match=r"more than sequence_len: 100; build with --context 100"):
         tokens("word " * 100, "Peter")
 
 
 def test_the_control_asks_the_same_about_the_other_document(tokenizer, rows):
-    chosen = score.sample(rows, 2)
+    chosen = questions.sample(rows, 2)
     for row, made in zip(
-        chosen, score.make_questions(chosen, rows, tokenizer, CONTEXT), strict=True
+        chosen, questions.make_questions(chosen, rows, tokenizer, CONTEXT), strict=True
     ):
         right, other = (tokenizer.decode(ids) for ids in (made.prompt, made.prompt_other))
         assert row.document in right
         assert row.document not in other
-        assert score.other_document(row, rows) in other
+        assert questions.other_document(row, rows) in other
         for text in (right, other):
             assert row.frame[0] in text
             assert text.endswith(f"{row.frame[1]}\n\n### Response:\n")
         assert [tokenizer.decode(ids) for ids in made.answers] == [
             row.answer,
-            *score.distractors(row, rows),
+            *questions.distractors(row, rows),
         ]
 
 
@@ -337,10 +322,10 @@ def test_scores_of_a_model_with_known_probabilities_are_those_worked_out_by_hand
 
 def test_a_models_answers_do_not_depend_on_the_batch(tokenizer, rows):
     model = AutoModelForCausalLM.from_pretrained(MODEL, local_files_only=True).eval()
-    chosen = score.sample(rows, 1)
-    questions = score.make_questions(chosen, rows, tokenizer, CONTEXT)
-    together = score.score(model, tokenizer, questions, batch_size=len(questions))
-    alone = score.score(model, tokenizer, questions, batch_size=1)
+    chosen = questions.sample(rows, 1)
+    asked = questions.make_questions(chosen, rows, tokenizer, CONTEXT)
+    together = score.score(model, tokenizer, asked, batch_size=len(asked))
+    alone = score.score(model, tokenizer, asked, batch_size=1)
     assert [each["row"] for each in together] == [row.name for row in chosen]
     for one, other in zip(together, alone, strict=True):
         assert one["nll"] == pytest.approx(other["nll"], rel=1e-4)
@@ -452,7 +437,7 @@ def test_make_longqa_trains_and_scores_only_what_is_missing(tmp_path):
     planned = commands()
     for seed in (1, 2, 3):
         assert f"--seed {seed} --output-dir {tmp_path}/LONGQA/seed-{seed}\n" in planned
-    assert planned.count("score.py") == 4
+    assert planned.count("longqa.score") == 4
     touch(
         "LONGQA/train.stats.json",
         "LONGQA/heldout.stats.json",
@@ -465,6 +450,6 @@ def test_make_longqa_trains_and_scores_only_what_is_missing(tmp_path):
     planned = commands()
     assert planned.count("axolotl train") == 1
     assert "--seed 3 " in planned
-    assert planned.count("score.py") == 2
+    assert planned.count("longqa.score") == 2
     assert "seed-2=" in planned
-    assert "table.py" in planned
+    assert "longqa.table" in planned

@@ -1,6 +1,5 @@
-"""The bundled model in ``examples/quickstart``: what is committed, and the scripts that make it."""
+"""The bundled model in ``examples/quickstart``: what is committed, and how it is made."""
 
-import importlib.util
 import json
 import math
 import re
@@ -8,14 +7,14 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
-MODEL = QUICKSTART / "model"
+from benchmarks.experiments.quickstart import pretrain, text
+
+MODEL = Path(__file__).parents[2] / "examples" / "quickstart" / "model"
 
 # Held out from training: the opening of the Acts of the Apostles and of Othello (public domain).
 ACTS = """Acts
@@ -40,18 +39,6 @@ And, in conclusion, nonsuits
 My mediators: for, "Certes," says he,
 "I have already chose my officer."
 """
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"quickstart_{name}", QUICKSTART / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-text = load_script("text")
-pretrain = load_script("pretrain")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +144,7 @@ def test_model_card_gives_the_figures_of_the_training_record(training):
     figures += [str(training[key]) for key in ("heldout_loss", "final_train_loss", "kept_step")]
     figures += [f"{value:.2f}" for value in training["heldout_perplexity_by_position"].values()]
     assert [figure for figure in figures if figure not in card] == []
-    assert training["command"].split()[1] in card
+    assert training["command"] in card
 
 
 # text.py

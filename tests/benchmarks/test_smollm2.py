@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"smollm2_{name}", EXAMPLE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-prepare = load_script("prepare")
-table = load_script("table")
-
+from benchmarks.experiments.smollm2 import prepare, table
 
 # ---- prepare.py -----------------------------------------------------------------------------
 

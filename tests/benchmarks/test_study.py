@@ -1,14 +1,13 @@
 """The study's own parts: what it plants, counts, trains, judges and writes."""
 
+import importlib
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-STUDY = Path(__file__).parents[2] / "benchmarks" / "study"
 MODULES = (
     *("base", "claims", "cost", "data", "measure", "plan", "report", "results"),
     *("settings", "sinks", "timing", "train", "worker"),
@@ -17,17 +16,9 @@ MODULES = (
 
 @pytest.fixture(scope="module")
 def study():
-    """The study's modules, which import each other by their plain names."""
-    sys.path.insert(0, str(STUDY))
-    before = set(sys.modules)
-    import types
-
-    space = types.SimpleNamespace(**{name: __import__(name) for name in MODULES})
-    yield space
-    sys.path.remove(str(STUDY))
-    for name in set(sys.modules) - before:
-        if name in MODULES:
-            del sys.modules[name]
+    return SimpleNamespace(
+        **{name: importlib.import_module(f"benchmarks.study.{name}") for name in MODULES}
+    )
 
 
 def test_passkey_answers_stand_in_the_labels_only(study):

@@ -195,7 +195,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-# What examples/smollm2/prepare.py writes; here for machines where it has not run.
+# What benchmarks/experiments/smollm2/prepare.py writes; here for machines where it has not run.
 CONFIGS["outputs/smollm2/model"] = {
     **CONFIGS["HuggingFaceTB/SmolLM2-135M"],
     "bos_token_id": 1,

@@ -1,4 +1,6 @@
-"""Fetch the quickstart's public-domain long texts: ``python examples/quickstart/text.py OUT_DIR``.
+"""Fetch the quickstart's public-domain long texts.
+
+    python -m benchmarks.experiments.quickstart.text OUT_DIR
 
 Writes two files and nothing else, one row a book: ``{"text": …, "title": …}``.
 

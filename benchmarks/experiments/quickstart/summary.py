@@ -1,4 +1,6 @@
-"""What the quickstart showed: `python examples/quickstart/summary.py OUT_DIR` after `make demo`.
+"""What the quickstart showed, after `make demo`.
+
+    python -m benchmarks.experiments.quickstart.summary OUT_DIR
 
 Reads the rows that `axolotl longlora eval` wrote and says, with numbers, whether the base model
 gets worse beyond its context and the extended model does not. Buckets are averages over the same

@@ -1,4 +1,6 @@
-"""What training on LongQA gained: `python examples/longqa/table.py BASE.json SEED.json… --out DIR`.
+"""What training on LongQA gained.
+
+    python -m benchmarks.experiments.longqa.table BASE.json SEED.json… --out DIR
 
 Reads what `score.py` wrote: of the model before training, and of one model for each seed. Prints a
 table by task, and writes it as `table.md` and, with every figure of every seed, as `table.json`.

@@ -1,0 +1,1 @@
+"""Measurements: the attention benchmark, the study, and the experiments of the Makefile."""

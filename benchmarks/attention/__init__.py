@@ -1,0 +1,1 @@
+"""S²-Attn against full attention and the published algorithm: seconds and bytes."""

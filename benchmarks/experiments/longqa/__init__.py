@@ -1,0 +1,1 @@
+"""`make longqa`: from books to questions to scores on held-out books."""

@@ -1,0 +1,1 @@
+"""`make demo`: texts, the pre-training of the bundled model, and the summary."""

@@ -1,0 +1,1 @@
+"""`make smollm2`: a real pretrained model to 16k tokens."""
