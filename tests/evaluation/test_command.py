@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from longlora_plugin.cli import longlora
-from longlora_plugin.evaluation import by_length
+from longlora_plugin.evaluation import lengths
 from longlora_plugin.evaluation.models import ModelSource, model_sources
 from longlora_plugin.run.recipe import read_recipe
 
@@ -240,7 +240,7 @@ def test_killed_run_keeps_its_finished_rows(work, monkeypatch):
     out = work / "killed.json"
     arguments = [work / "recipe.yml", "--data", work / "data.txt", "--lengths", "64,128",
                  "--json", out]  # fmt: skip
-    stock = by_length.score_documents
+    stock = lengths.score_documents
     calls = []
 
     def dies_at_the_fourth(*args, **options):
@@ -249,7 +249,7 @@ def test_killed_run_keeps_its_finished_rows(work, monkeypatch):
             raise KeyboardInterrupt
         return stock(*args, **options)
 
-    monkeypatch.setattr(by_length, "score_documents", dies_at_the_fourth)
+    monkeypatch.setattr(lengths, "score_documents", dies_at_the_fourth)
     assert CliRunner().invoke(longlora, ["eval", *map(str, arguments)]).exit_code != 0
     assert len(json.loads(out.read_text())) == 3
     run(*arguments)
