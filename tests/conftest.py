@@ -33,8 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def no_model_stays_enabled():
     """Models that a file's tests left with shifted attention must not reach the next file."""
     yield
-    install = sys.modules.get("longlora_plugin.attention.install")
-    for handle in list(install._enabled) if install else ():
+    registries = sys.modules.get("longlora_plugin.attention.registries")
+    for handle in registries.enabled() if registries else ():
         handle.remove()
 
 

@@ -8,12 +8,14 @@ from functools import partial
 import torch
 
 from longlora_plugin.attention import packing
+from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.flex import flex_attention
 from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
 from longlora_plugin.attention.sdpa import eager_kernel, grouped_attention, sdpa_kernel
 from longlora_plugin.attention.varlen import varlen_attention
 
-Backend = Callable[..., torch.Tensor]
+Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCall], torch.Tensor]
+"""S²-Attn of a batch: (q_BHND, k_BKND, v_BKND, call) → [B, N, H, D]."""
 
 SUPPORTED = (
     "sdpa",
@@ -27,7 +29,7 @@ SUPPORTED = (
 
 
 def backend_for(implementation: str | None) -> Backend:
-    """The function that computes S²-Attn where the stock model would use `implementation`.
+    """The function that computes S²-Attn where the model would use `implementation`.
 
     Raises:
         ValueError: S²-Attn has no such back end; names the supported ones.
@@ -49,12 +51,34 @@ def backend_for(implementation: str | None) -> Backend:
     )
 
 
-def check_group_size(group_size: int) -> None:
-    """Raise ValueError unless `group_size` is an even number of tokens, at least 2."""
+def check_settings(group_size: int, full_attention_below: int) -> None:
+    """Raise ValueError unless `group_size` is even and at least 2, the other not negative."""
     if isinstance(group_size, bool) or not isinstance(group_size, int):
         raise ValueError(f"group_size must be a whole number of tokens, got {group_size!r}")
     if group_size < 2 or group_size % 2:
         raise ValueError(f"group_size must be even and at least 2, got {group_size}")
+    if full_attention_below < 0:
+        raise ValueError(f"full_attention_below must not be negative, got {full_attention_below}")
+
+
+def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must be [batch, heads, seq, head_dim], got shape {list(tensor.shape)}"
+            )
+    batch, heads, length, head_dim = query.shape
+    kv_heads = key.shape[1]
+    if (
+        key.shape != (batch, kv_heads, length, head_dim)
+        or value.shape[:3] != key.shape[:3]
+        or kv_heads == 0
+        or heads % kv_heads
+    ):
+        raise ValueError(
+            f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do "
+            "not fit: batch, seq and head_dim must be equal, heads a multiple of kv_heads"
+        )
 
 
 def shifted_sparse_attention(
@@ -91,26 +115,9 @@ def shifted_sparse_attention(
     Raises:
         ValueError: shapes, group size, boundaries or back end are not as above.
     """
-    check_group_size(group_size)
-    if full_attention_below < 0:
-        raise ValueError(f"full_attention_below must not be negative, got {full_attention_below}")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"{name} must be [batch, heads, seq, head_dim], got shape {list(tensor.shape)}"
-            )
-    batch, heads, length, head_dim = query.shape
-    kv_heads = key.shape[1]
-    if (
-        key.shape != (batch, kv_heads, length, head_dim)
-        or value.shape[:3] != key.shape[:3]
-        or kv_heads == 0
-        or heads % kv_heads
-    ):
-        raise ValueError(
-            f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do "
-            "not fit: batch, seq and head_dim must be equal, heads a multiple of kv_heads"
-        )
+    check_settings(group_size, full_attention_below)
+    _check_shapes(query, key, value)
+    batch, heads, length, _ = query.shape
     if cu_seqlens is not None and batch != 1:
         raise ValueError(f"cu_seqlens describes one packed row, got a batch of {batch}")
     attend = backend_for(backend)
@@ -121,14 +128,11 @@ def shifted_sparse_attention(
         if cu_seqlens is None
         else packing.from_boundaries(cu_seqlens, length)
     )
-    out_BNHD = attend(
-        query,
-        key,
-        value,
+    call = AttentionCall(
         documents=documents,
-        runs=head_runs(pattern, heads, kv_heads, group_size),
+        runs=head_runs(pattern, heads, key.shape[1], group_size),
         group_size=group_size,
         full_attention_below=full_attention_below,
         scale=scale,
     )
-    return out_BNHD.transpose(1, 2)
+    return attend(query, key, value, call).transpose(1, 2)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from longlora_plugin.attention.layout import HeadRun, Segments, segments
-from longlora_plugin.attention.packing import Documents
+from longlora_plugin.attention.call import AttentionCall
+from longlora_plugin.attention.layout import Segments
 from longlora_plugin.attention.sdpa import flatten, unflatten
 
 BLOCK = 128
@@ -73,19 +73,7 @@ def _block_mask(
 
 
 def flex_attention(
-    q_BHND: torch.Tensor,
-    k_BKND: torch.Tensor,
-    v_BKND: torch.Tensor,
-    *,
-    documents: Documents,
-    runs: tuple[HeadRun, ...],
-    group_size: int,
-    full_attention_below: int,
-    module: torch.nn.Module | None = None,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    sinks_H: torch.Tensor | None = None,
+    q_BHND: torch.Tensor, k_BKND: torch.Tensor, v_BKND: torch.Tensor, call: AttentionCall
 ) -> torch.Tensor:
     """Attention inside segments with transformers' FlexAttention path.
 
@@ -94,23 +82,20 @@ def flex_attention(
     """
     from transformers.integrations.flex_attention import flex_attention_forward
 
-    q_THD, k_TKD, v_TKD = (flatten(x, documents) for x in (q_BHND, k_BKND, v_BKND))
+    q_THD, k_TKD, v_TKD = (flatten(x, call.documents) for x in (q_BHND, k_BKND, v_BKND))
     block_mask = _block_mask(
-        tuple(
-            segments(documents.intervals, group_size, run.shift, full_attention_below)
-            for run in runs
-        ),
-        tuple(run.query.stop - run.query.start for run in runs),
+        tuple(call.segments(run) for run in call.runs),
+        tuple(run.query.stop - run.query.start for run in call.runs),
         q_THD.shape[0],
         q_THD.device,
     )
     out_1THD, _ = flex_attention_forward(
-        module if module is not None else torch.nn.Module(),
+        torch.nn.Module() if call.module is None else call.module,
         *[x[None].transpose(1, 2) for x in (q_THD, k_TKD, v_TKD)],
         block_mask,
-        scaling=q_BHND.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=softcap,
-        s_aux=sinks_H,
-        dropout=dropout,
+        scaling=q_BHND.shape[-1] ** -0.5 if call.scale is None else call.scale,
+        softcap=call.softcap,
+        s_aux=call.sinks_H,
+        dropout=call.dropout,
     )
-    return unflatten(out_1THD[0], documents)
+    return unflatten(out_1THD[0], call.documents)

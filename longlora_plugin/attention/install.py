@@ -1,50 +1,37 @@
-"""S²-Attn for a whole model: installed and removed as a pair, stock everywhere else.
+"""S²-Attn for a whole model: installed and removed as a pair, the original everywhere else.
 
-transformers 5 passes every attention through two registries, one of attention functions and one
-of mask functions. Both are wrapped while at least one model is enabled:
-
-- the *mask* wrapper hands a covered model in training the documents of the batch, [B, 1, 1, N],
-  instead of an N × N mask. It is an ordinary argument of the layers, so gradient checkpointing
-  keeps it with the layer it belongs to;
-- the *attention* wrapper computes S²-Attn for covered layers in training.
-
-Names do not change: the model keeps its `attn_implementation`, and evaluation, generation and
-every other model run the stock functions. A covered layer is causal, attends to the whole document
-and goes through the registry. All others keep the stock path and are counted with the reason.
+`registries.py` sends the attention of covered layers here. The model keeps its
+`attn_implementation`; evaluation, generation and every other model run the original functions. A
+covered layer is causal, attends to the whole document and goes through the registry. All others
+keep the original path and are counted with the reason.
 
 Two kinds of forward hooks help: models note the `position_ids` they are called with, for the mask
 function is not told of them where there is a padding mask or a cache; and a layer that keeps the
-stock path but shares a covered layer's mask gets its dense mask back.
+original path but shares a covered layer's mask gets its dense mask back.
 """
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.masking_utils import causal_mask_function as plain_causal
 
 from longlora_plugin.attention import packing
-from longlora_plugin.attention.backends import backend_for, check_group_size
-from longlora_plugin.attention.eligibility import (
-    REGISTRY_NAME,
-    attention_layers,
-    eligible_layers,
-    limits_attention,
-)
+from longlora_plugin.attention.backends import backend_for, check_settings
+from longlora_plugin.attention.call import AttentionCall
+from longlora_plugin.attention.eligibility import attention_layers, eligible_layers
 from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
-
-_MARK = "_longlora_shifted_attention"
-"""Attribute of a covered attention module: its `ShiftedAttention`."""
-
-_enabled: list[ShiftedAttention] = []
+from longlora_plugin.attention.registries import (
+    MARK,
+    are_document_ids,
+    disable,
+    enable,
+    enabled,
+    original_mask,
+)
 
 
 class ShiftedAttention:
@@ -53,7 +40,7 @@ class ShiftedAttention:
     Attributes:
         group_size: tokens in a group.
         layers: number of attention layers covered.
-        skipped: reason → number of attention layers that keep the stock path.
+        skipped: reason → number of attention layers that keep the original path.
         active: False switches training back to the model's own attention, and True on again.
         calls: how often S²-Attn ran; 0 after a training step means that it never engaged.
         position_ids: what the model now running was given, None between forward passes.
@@ -93,18 +80,12 @@ class ShiftedAttention:
         return len(self._modules)
 
     def remove(self) -> None:
-        """Bring the stock behaviour back; a second call does nothing."""
+        """Bring the original behavior back; a second call does nothing."""
         self.active = False
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for module in [*self._modules, *self._copies]:
-            if module.__dict__.get(_MARK) is self:
-                delattr(module, _MARK)
-        if self in _enabled:
-            _enabled.remove(self)
-            if not _enabled:
-                _unwrap_registries()
+        disable(self, [*self._modules, *self._copies])
 
     def training(self, config: Any) -> bool:
         """Whether a model of this `config` is about to train with S²-Attn."""
@@ -115,7 +96,7 @@ class ShiftedAttention:
         )
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Hook the model's position ids, and the masks of layers that keep the stock path."""
+        """Hook the model's position ids, and the masks of layers that keep the original path."""
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 self._hooks += [
@@ -139,22 +120,22 @@ class ShiftedAttention:
     def _give_dense_mask(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self not in _enabled:
+        if self not in enabled():
             return None  # removed, but the hooks of copied models are still there
-        if self.active and module.training and _MARK in module.__dict__:
+        if self.active and module.training and MARK in module.__dict__:
             return None
         given = [*args, *kwargs.values()]
-        if not any(_are_document_ids(x) for x in given):
+        if not any(are_document_ids(x) for x in given):
             return None
         dtype = next(
             x.dtype for x in given if isinstance(x, torch.Tensor) and x.dtype.is_floating_point
         )
 
         def dense(x: Any) -> Any:
-            if not _are_document_ids(x):
+            if not are_document_ids(x):
                 return x
             if self._dense_mask is None or self._dense_mask[0] is not x:
-                self._dense_mask = (x, _stock_mask(x, module.config, dtype))
+                self._dense_mask = (x, original_mask(x, module.config, dtype))
             return self._dense_mask[1]
 
         return tuple(dense(x) for x in args), {name: dense(x) for name, x in kwargs.items()}
@@ -199,13 +180,7 @@ class ShiftedAttention:
             dtype = get_target_dtype(query, module)
             query, key, value = (x.to(dtype) for x in (query, key, value))
         self.calls += 1
-        attend = backend_for(implementation)
-        if implementation == "flex_attention":
-            attend = _with(attend, module=module)
-        out_BNHD = attend(
-            query,
-            key,
-            value,
+        call = AttentionCall(
             documents=self._find_documents(query, attention_mask, position_ids, cu_seq_lens_q),
             runs=head_runs(self.pattern, query.shape[1], key.shape[1], self.group_size),
             group_size=self.group_size,
@@ -214,7 +189,9 @@ class ShiftedAttention:
             dropout=dropout,
             softcap=softcap,
             sinks_H=s_aux,
+            module=module,
         )
+        out_BNHD = backend_for(implementation)(query, key, value, call)
         return out_BNHD.contiguous(), None
 
     def _find_documents(
@@ -251,23 +228,10 @@ class ShiftedAttention:
         return found
 
 
-def _with(function: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: function(*args, **fixed, **kwargs)
-
-
-def _are_document_ids(mask: Any) -> bool:
-    return (
-        isinstance(mask, torch.Tensor)
-        and mask.dtype == torch.int64
-        and mask.dim() == 4
-        and mask.shape[1:3] == (1, 1)
-    )
-
-
 def _ids_of(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
     if mask is None:
         return None
-    if _are_document_ids(mask):
+    if are_document_ids(mask):
         return mask[:, 0, 0, :length].expand(batch, length)
     raise ValueError(
         f"shifted attention got a custom attention mask of shape {list(mask.shape)}; it needs "
@@ -298,9 +262,7 @@ def enable_shifted_attention(
         ValueError: no layer is covered (says why), the model is already enabled, its attention
             implementation has no S² back end, or an argument is wrong.
     """
-    check_group_size(group_size)
-    if full_attention_below < 0:
-        raise ValueError(f"full_attention_below must not be negative, got {full_attention_below}")
+    check_settings(group_size, full_attention_below)
     covered, skipped = eligible_layers(model)
     if not covered:
         reasons = "; ".join(f"{count} × {reason}" for reason, count in skipped.items())
@@ -308,7 +270,7 @@ def enable_shifted_attention(
             f"shifted attention covers no layer of {type(model).__name__}: "
             f"{reasons or 'no attention of it goes through the interface of transformers'}"
         )
-    if any(_MARK in module.__dict__ for module in covered):
+    if any(MARK in module.__dict__ for module in covered):
         raise ValueError("shifted attention is already enabled on this model; remove() it first")
     for implementation in {module.config._attn_implementation for module in covered}:
         backend_for(implementation)
@@ -319,154 +281,6 @@ def enable_shifted_attention(
         full_attention_below=full_attention_below,
         pattern=pattern,
     )
-    for module in covered:
-        setattr(module, _MARK, handle)
     handle.watch(model)
-    _enabled.append(handle)
-    _wrap_registries(covered)
+    enable(handle, covered)
     return handle
-
-
-# --- the registries -------------------------------------------------------------------------
-
-
-def _attention_wrapper(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def attention(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        handle = module.__dict__.get(_MARK)
-        if (
-            handle is None
-            or not handle.active
-            or not module.training
-            or query.shape[2] != key.shape[2]
-            or kwargs.get("is_causal") is False
-        ):
-            if _are_document_ids(attention_mask):
-                raise ValueError(
-                    f"{type(module).__name__} runs the model's own attention, but got the mask of "
-                    "shifted attention; call handle.remove() before changing the model"
-                )
-            return stock(module, query, key, value, attention_mask, *args, **kwargs)
-        return handle.attend(module, query, key, value, attention_mask, *args, **kwargs)
-
-    return attention
-
-
-def _mask_wrapper(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def mask(*args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("config")
-        handle = next((handle for handle in _enabled if handle.training(config)), None)
-        if (
-            args
-            or config is None
-            or handle is None
-            or kwargs["q_length"] != kwargs["kv_length"]
-            or kwargs.get("use_vmap")
-            or limits_attention(kwargs.get("local_size"), config)
-        ):
-            return stock(*args, **kwargs)
-        batch, length = kwargs["batch_size"], kwargs["q_length"]
-        padding, positions = kwargs.get("attention_mask"), handle.position_ids
-        if padding is not None and bool(padding.all()):
-            padding = None
-        if positions is not None and positions.shape not in ((batch, length), (1, length)):
-            positions = None
-        # None means "plain causal" to these implementations, but "no mask" to the others, of which
-        # a layer that keeps the stock path may be given it too.
-        none_is_causal = config._attn_implementation not in ("eager", "flex_attention")
-        if (
-            none_is_causal
-            and kwargs.get("allow_is_causal_skip", True)
-            and padding is None
-            and positions is None
-            and kwargs["mask_function"] is plain_causal
-        ):
-            return None
-        ids = packing.ids_of_mask(
-            kwargs["mask_function"],
-            padding,
-            batch=batch,
-            length=length,
-            device=kwargs.get("device", "cpu"),
-            position_ids=positions,
-        )
-        return stock(**kwargs) if ids is None else ids[:, None, None, :]
-
-    mask.stock = stock  # type: ignore[attr-defined]
-    return mask
-
-
-def _stock_mask(document_ids: torch.Tensor, config: Any, dtype: torch.dtype) -> Any:
-    """The mask that [B, 1, 1, N] document ids stand for, as the model's own attention wants it."""
-    ids = document_ids[:, 0, 0]
-
-    def same_document(
-        b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor
-    ) -> torch.Tensor:
-        return (kv <= q) & (ids[b, q] == ids[b, kv])
-
-    function = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]
-    return getattr(function, "stock", function)(
-        batch_size=ids.shape[0],
-        q_length=ids.shape[1],
-        kv_length=ids.shape[1],
-        mask_function=same_document,
-        attention_mask=ids != packing.PADDING,
-        allow_is_causal_skip=False,
-        dtype=dtype,
-        device=ids.device,
-        config=config,
-    )
-
-
-_wrapped_attention: list[Any] = []
-_wrapped_masks: dict[str, Any] = {}
-
-
-def _wrap_registries(covered: list[torch.nn.Module]) -> None:
-    for module in covered:
-        # A modelling file may keep a registry of its own (Doge), so ask the file.
-        scope = inspect.unwrap(type(module).forward).__globals__
-        registry = scope.get(REGISTRY_NAME) or _global_registry()
-        for known in (registry, _global_registry()):
-            if not any(known is wrapped for wrapped in _wrapped_attention):
-                _wrap_attention_registry(known)
-        implementation = module.config._attn_implementation
-        if implementation not in _wrapped_masks and implementation in ALL_MASK_ATTENTION_FUNCTIONS:
-            stock = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-            _wrapped_masks[implementation] = (
-                stock if implementation in ALL_MASK_ATTENTION_FUNCTIONS._local_mapping else None
-            )
-            ALL_MASK_ATTENTION_FUNCTIONS[implementation] = _mask_wrapper(stock)
-
-
-def _global_registry() -> Any:
-    return sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
-
-
-def _wrap_attention_registry(registry: Any) -> None:
-    stock = type(registry).get_interface
-
-    def get_interface(implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        return _attention_wrapper(stock(registry, implementation, default))
-
-    registry.get_interface = get_interface
-    _wrapped_attention.append(registry)
-
-
-def _unwrap_registries() -> None:
-    for registry in _wrapped_attention:
-        del registry.get_interface
-    _wrapped_attention.clear()
-    for implementation, stock in _wrapped_masks.items():
-        del ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-        if stock is not None:
-            ALL_MASK_ATTENTION_FUNCTIONS[implementation] = stock
-    _wrapped_masks.clear()

@@ -14,42 +14,40 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch.nn import functional
 
-from longlora_plugin.attention.layout import HeadRun, Segments, ends, segments
+from longlora_plugin.attention.call import AttentionCall
+from longlora_plugin.attention.layout import HeadRun, Segments, ends
 from longlora_plugin.attention.packing import Documents
 
-Kernel = Callable[..., torch.Tensor]
-"""Causal attention of a batch of segments:
-(q_SHLD, k_SKLD, v_SKLD, *, scale, dropout, softcap, sinks_H) → out_SHLD."""
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCall], torch.Tensor]
+"""Causal attention of a batch of segments: (q_SHLD, k_SKLD, v_SKLD, call) → out_SHLD. The call's
+sinks are those of the heads given."""
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""A kernel with its call."""
 
 
 def sdpa_kernel(
     q_SHLD: torch.Tensor,
     k_SKLD: torch.Tensor,
     v_SKLD: torch.Tensor,
-    *,
-    scale: float | None,
-    dropout: float,
-    softcap: float | None,
-    sinks_H: torch.Tensor | None,
+    call: AttentionCall,
 ) -> torch.Tensor:
     """PyTorch's scaled dot product attention.
 
     It knows no softcap: transformers' own sdpa path ignores it too, and training must not differ
     from evaluation in that.
     """
-    if sinks_H is not None:
+    if call.sinks_H is not None:
         raise ValueError(
             "sdpa has no attention sinks; write attn_implementation: eager, flash_attention_3 "
             "or flex_attention"
         )
     head_dim, v_head_dim = q_SHLD.shape[-1], v_SKLD.shape[-1]
-    if scale is None:
-        scale = head_dim**-0.5
+    scale = head_dim**-0.5 if call.scale is None else call.scale
     # The fused kernels want one head size; zeros change neither scores nor the columns kept (MLA).
     if v_head_dim < head_dim:
         v_SKLD = functional.pad(v_SKLD, (0, head_dim - v_head_dim))
@@ -60,7 +58,7 @@ def sdpa_kernel(
         q_SHLD,
         k_SKLD,
         v_SKLD,
-        dropout_p=dropout,
+        dropout_p=call.dropout,
         is_causal=True,
         scale=scale,
         enable_gqa=q_SHLD.shape[1] != k_SKLD.shape[1],
@@ -72,11 +70,7 @@ def eager_kernel(
     q_SHLD: torch.Tensor,
     k_SKLD: torch.Tensor,
     v_SKLD: torch.Tensor,
-    *,
-    scale: float | None,
-    dropout: float,
-    softcap: float | None,
-    sinks_H: torch.Tensor | None,
+    call: AttentionCall,
 ) -> torch.Tensor:
     """Attention written out, with softcap (Gemma 2) and sinks (gpt-oss); softmax in fp32 or more.
 
@@ -86,20 +80,23 @@ def eager_kernel(
     kv_heads = k_SKLD.shape[1]
     # Query heads that share a KV head become rows of one product, so nothing is repeated.
     q_SKRD = q_SHLD.reshape(n_segments, kv_heads, heads // kv_heads * length, head_dim)
-    scores = (q_SKRD @ k_SKLD.transpose(-1, -2)) * (head_dim**-0.5 if scale is None else scale)
+    scale = head_dim**-0.5 if call.scale is None else call.scale
+    scores = (q_SKRD @ k_SKLD.transpose(-1, -2)) * scale
     scores = scores.view(n_segments, heads, length, length)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
     later = torch.ones(length, length, dtype=torch.bool, device=q_SHLD.device).triu(1)
     scores = scores.masked_fill(later, -torch.inf).to(
         torch.promote_types(scores.dtype, torch.float32)
     )
-    if sinks_H is not None:
-        sink = sinks_H.to(scores.dtype).view(1, heads, 1, 1).expand(n_segments, heads, length, 1)
+    if call.sinks_H is not None:
+        sink = (
+            call.sinks_H.to(scores.dtype).view(1, heads, 1, 1).expand(n_segments, heads, length, 1)
+        )
         probabilities = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
     else:
         probabilities = scores.softmax(dim=-1)
-    probabilities = functional.dropout(probabilities.to(q_SHLD.dtype), p=dropout)
+    probabilities = functional.dropout(probabilities.to(q_SHLD.dtype), p=call.dropout)
     out = probabilities.view(n_segments, kv_heads, -1, length) @ v_SKLD
     return out.view(n_segments, heads, length, v_SKLD.shape[-1])
 
@@ -108,53 +105,54 @@ def grouped_attention(
     q_BHND: torch.Tensor,
     k_BKND: torch.Tensor,
     v_BKND: torch.Tensor,
+    call: AttentionCall,
     *,
-    documents: Documents,
-    runs: tuple[HeadRun, ...],
-    group_size: int,
-    full_attention_below: int,
     kernel: Kernel,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention inside segments with a dense kernel.
 
     Returns:
         [B, N, H, D], the order in which attention modules go on; padding is zero.
     """
-    q_by_run = q_BHND.split([run.query.stop - run.query.start for run in runs], dim=1)
-    if k_BKND.shape[1] == 1:
-        k_by_run, v_by_run = [k_BKND] * len(runs), [v_BKND] * len(runs)
-    else:
-        kv_heads = [run.kv.stop - run.kv.start for run in runs]
-        k_by_run, v_by_run = k_BKND.split(kv_heads, dim=1), v_BKND.split(kv_heads, dim=1)
+    documents = call.documents
     outputs = []
-    for run, q_run, k_run, v_run in zip(runs, q_by_run, k_by_run, v_by_run, strict=True):
-
-        def attend(
-            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: HeadRun = run
-        ) -> torch.Tensor:
-            sinks = None if sinks_H is None else sinks_H[run.query]
-            return kernel(q, k, v, scale=scale, dropout=dropout, softcap=softcap, sinks_H=sinks)
-
+    for run, q_run, k_run, v_run in by_run(q_BHND, k_BKND, v_BKND, call.runs, dim=1):
+        attend: Attend = partial(_attend, kernel, call.of_run(run))
         if not documents.are_rows:
-            cut = segments(documents.intervals, group_size, run.shift, full_attention_below)
-            outputs.append(_gathered(q_run, k_run, v_run, attend, cut, documents))
-        elif documents.length <= full_attention_below:
+            outputs.append(_gathered(q_run, k_run, v_run, attend, call.segments(run), documents))
+        elif documents.length <= call.full_attention_below:
             outputs.append(attend(q_run, k_run, v_run).transpose(1, 2))
         else:
-            cuts = ends(documents.length, group_size, run.shift)
-            outputs.append(_folded(q_run, k_run, v_run, attend, group_size, cuts))
+            cuts = ends(documents.length, call.group_size, run.shift)
+            outputs.append(_folded(q_run, k_run, v_run, attend, call.group_size, cuts))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _attend(
+    kernel: Kernel, call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    return kernel(q, k, v, call)
+
+
+def by_run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: tuple[HeadRun, ...], *, dim: int
+) -> list[tuple[HeadRun, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Split query, key and value along their heads; one `split` is one copy backward, where slices
+    would add up tensors of zeros."""
+    q_by_run = q.split([run.query.stop - run.query.start for run in runs], dim=dim)
+    if k.shape[dim] == 1:
+        k_by_run, v_by_run = [k] * len(runs), [v] * len(runs)
+    else:
+        kv_heads = [run.kv.stop - run.kv.start for run in runs]
+        k_by_run, v_by_run = k.split(kv_heads, dim=dim), v.split(kv_heads, dim=dim)
+    return list(zip(runs, q_by_run, k_by_run, v_by_run, strict=True))
 
 
 def _folded(
     q_BHND: torch.Tensor,
     k_BKND: torch.Tensor,
     v_BKND: torch.Tensor,
-    attend: Kernel,
+    attend: Attend,
     group_size: int,
     cuts: tuple[int, int, int],
 ) -> torch.Tensor:
@@ -232,7 +230,7 @@ def _gathered(
     q_BHND: torch.Tensor,
     k_BKND: torch.Tensor,
     v_BKND: torch.Tensor,
-    attend: Kernel,
+    attend: Attend,
     cut: Segments,
     documents: Documents,
 ) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """S²-Attn on FlashAttention's variable-length kernels: one call a run of heads (two for S²).
 
 Segments are what `cu_seqlens` was made for. The kernel is found by transformers' own dispatcher,
-so FlashAttention 2, 3, 4 and hub kernels all work as they do in the stock model.
+so FlashAttention 2, 3, 4 and hub kernels all work as they do in the original model.
 
 Shape suffixes as in `sdpa.py`; T real tokens of the whole batch.
 """
@@ -13,8 +13,8 @@ from functools import lru_cache
 import torch
 from torch.nn import functional
 
-from longlora_plugin.attention.layout import HeadRun, Segments, segments
-from longlora_plugin.attention.packing import Documents
+from longlora_plugin.attention.call import AttentionCall
+from longlora_plugin.attention.layout import Segments
 from longlora_plugin.attention.sdpa import flatten, unflatten
 
 
@@ -29,16 +29,9 @@ def varlen_attention(
     q_BHND: torch.Tensor,
     k_BKND: torch.Tensor,
     v_BKND: torch.Tensor,
+    call: AttentionCall,
     *,
-    documents: Documents,
-    runs: tuple[HeadRun, ...],
-    group_size: int,
-    full_attention_below: int,
     implementation: str,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention inside segments with a FlashAttention kernel (fp16 or bf16).
 
@@ -53,7 +46,7 @@ def varlen_attention(
         lazy_import_flash_attention,
     )
 
-    if sinks_H is not None:
+    if call.sinks_H is not None:
         _, process = lazy_import_flash_attention(implementation)
         takes = process.keywords["supports_mapping"]
         if not (takes["s_aux"] or takes["learnable_sink"]):
@@ -62,20 +55,17 @@ def varlen_attention(
                 "which this model needs; write flash_attention_4, flex_attention or eager"
             )
     head_dim, v_head_dim = q_BHND.shape[-1], v_BKND.shape[-1]
-    if scale is None:
-        scale = head_dim**-0.5
     # One head size for all; zeros change neither scores nor the columns kept (MLA).
     if v_head_dim < head_dim:
         v_BKND = functional.pad(v_BKND, (0, head_dim - v_head_dim))
     elif v_head_dim > head_dim:
         padding = (0, v_head_dim - head_dim)
         q_BHND, k_BKND = functional.pad(q_BHND, padding), functional.pad(k_BKND, padding)
-    q_THD, k_TKD, v_TKD = (flatten(x, documents) for x in (q_BHND, k_BKND, v_BKND))
+    q_THD, k_TKD, v_TKD = (flatten(x, call.documents) for x in (q_BHND, k_BKND, v_BKND))
     outputs = []
-    for run in runs:
-        cut = segments(documents.intervals, group_size, run.shift, full_attention_below)
-        cu_seqlens, longest = _cu_seqlens(cut, q_THD.device)
-        sinks = {} if sinks_H is None else {"s_aux": sinks_H[run.query].to(q_THD.dtype)}
+    for run in call.runs:
+        cu_seqlens, longest = _cu_seqlens(call.segments(run), q_THD.device)
+        sinks = call.of_run(run).sinks_H
         out = _flash_attention_forward(
             q_THD[None, :, run.query],
             k_TKD[None, :, run.kv],
@@ -83,15 +73,15 @@ def varlen_attention(
             attention_mask=None,
             query_length=q_THD.shape[0],
             is_causal=True,
-            dropout=dropout,
-            softmax_scale=scale,
-            softcap=softcap,
+            dropout=call.dropout,
+            softmax_scale=head_dim**-0.5 if call.scale is None else call.scale,
+            softcap=call.softcap,
             cu_seq_lens_q=cu_seqlens,
             cu_seq_lens_k=cu_seqlens,
             max_length_q=longest,
             max_length_k=longest,
             attn_implementation=implementation,
-            **sinks,
+            **({} if sinks is None else {"s_aux": sinks.to(q_THD.dtype)}),
         )
         outputs.append(out[0, ..., :v_head_dim])
-    return unflatten(torch.cat(outputs, dim=1), documents)
+    return unflatten(torch.cat(outputs, dim=1), call.documents)

@@ -16,6 +16,7 @@ from transformers import masking_utils
 from longlora_plugin import hookspecs, registry
 from longlora_plugin.attention import S2, AttentionPattern, packing, shifted_sparse_attention
 from longlora_plugin.attention.backends import backend_for
+from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.layout import ends, head_runs, segments
 
 THOROUGH = settings(max_examples=250, deadline=None)
@@ -224,13 +225,15 @@ def test_softcap_and_sinks_equal_the_definition(data: st.DataObject) -> None:
     )
     out = backend_for("eager")(
         *inputs,
-        documents=documents,
-        runs=head_runs(S2, case.heads, case.kv_heads, case.group_size),
-        group_size=case.group_size,
-        full_attention_below=case.below,
-        scale=case.scale,
-        softcap=softcap,
-        sinks_H=sinks,
+        AttentionCall(
+            documents=documents,
+            runs=head_runs(S2, case.heads, case.kv_heads, case.group_size),
+            group_size=case.group_size,
+            full_attention_below=case.below,
+            scale=case.scale,
+            softcap=softcap,
+            sinks_H=sinks,
+        ),
     ).transpose(1, 2)
     expected = dense_attention.attention(
         *inputs, case.mask, scale=case.scale, softcap=softcap, sinks=sinks
@@ -252,11 +255,13 @@ def test_sinks_on_sdpa_are_refused_with_the_back_ends_that_have_them() -> None:
             x,
             x,
             x,
-            documents=packing.whole_rows(1, 4),
-            runs=head_runs(S2, 2, 2, 2),
-            group_size=2,
-            full_attention_below=0,
-            sinks_H=torch.zeros(2),
+            AttentionCall(
+                documents=packing.whole_rows(1, 4),
+                runs=head_runs(S2, 2, 2, 2),
+                group_size=2,
+                full_attention_below=0,
+                sinks_H=torch.zeros(2),
+            ),
         )
 
 
@@ -269,11 +274,13 @@ def test_dropout_drops_weights_and_keeps_their_mean() -> None:
             query,
             key,
             value,
-            documents=packing.whole_rows(64, 16),
-            runs=head_runs(S2, 4, 4, 8),
-            group_size=8,
-            full_attention_below=0,
-            dropout=0.3,
+            AttentionCall(
+                documents=packing.whole_rows(64, 16),
+                runs=head_runs(S2, 4, 4, 8),
+                group_size=8,
+                full_attention_below=0,
+                dropout=0.3,
+            ),
         )
         assert out.std() > 0.1
         assert abs(out.mean() - 1) < 0.05
@@ -412,10 +419,12 @@ def run_on_ids(
     batch, length = ids.shape
     return backend_for(backend)(
         *inputs,
-        documents=packing.from_ids(ids, positions, batch=batch, length=length),
-        runs=head_runs(S2, inputs[0].shape[1], inputs[1].shape[1], group_size),
-        group_size=group_size,
-        full_attention_below=below,
+        AttentionCall(
+            documents=packing.from_ids(ids, positions, batch=batch, length=length),
+            runs=head_runs(S2, inputs[0].shape[1], inputs[1].shape[1], group_size),
+            group_size=group_size,
+            full_attention_below=below,
+        ),
     ).transpose(1, 2)
 
 

@@ -40,6 +40,7 @@ from longlora_plugin.attention import (
     shifted_sparse_attention,
 )
 from longlora_plugin.attention.backends import backend_for
+from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.layout import head_runs, segments
 
 HUB_KERNEL = "kernels-community/flash-attn2"
@@ -414,11 +415,13 @@ def test_softcap_reaches_the_flash_kernel(implementation: str, flash: FlashLibra
     qkv = inputs(30)
     out = backend_for(implementation)(
         *qkv,
-        documents=packing.whole_rows(1, 30),
-        runs=head_runs(S2, 4, 2, 8),
-        group_size=8,
-        full_attention_below=0,
-        softcap=0.5,
+        AttentionCall(
+            documents=packing.whole_rows(1, 30),
+            runs=head_runs(S2, 4, 2, 8),
+            group_size=8,
+            full_attention_below=0,
+            softcap=0.5,
+        ),
     ).transpose(1, 2)
     mask = dense_attention.masks(torch.zeros(30), 8, 4, 2)
     assert_near(out, dense_attention.attention(*qkv, mask, softcap=0.5), 1e-2)
@@ -436,11 +439,13 @@ def test_sinks_reach_a_kernel_that_has_them_and_are_refused_by_others(
     def attend() -> torch.Tensor:
         return backend_for(implementation)(
             *qkv,
-            documents=packing.whole_rows(1, 30),
-            runs=head_runs(S2, 4, 2, 8),
-            group_size=8,
-            full_attention_below=0,
-            sinks_H=sinks,
+            AttentionCall(
+                documents=packing.whole_rows(1, 30),
+                runs=head_runs(S2, 4, 2, 8),
+                group_size=8,
+                full_attention_below=0,
+                sinks_H=sinks,
+            ),
         ).transpose(1, 2)
 
     if implementation != "flash_attention_4":
@@ -714,11 +719,13 @@ def test_softcap_reaches_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None
         qkv = inputs(200, dtype=torch.float32)
         out = backend_for("flex_attention")(
             *qkv,
-            documents=packing.whole_rows(1, 200),
-            runs=head_runs(S2, 4, 2, 90),
-            group_size=90,
-            full_attention_below=0,
-            softcap=0.5,
+            AttentionCall(
+                documents=packing.whole_rows(1, 200),
+                runs=head_runs(S2, 4, 2, 90),
+                group_size=90,
+                full_attention_below=0,
+                softcap=0.5,
+            ),
         ).transpose(1, 2)
     mask = dense_attention.masks(torch.zeros(200), 90, 4, 2)
     assert_near(out, dense_attention.attention(*qkv, mask, softcap=0.5), 1e-5)
