@@ -1,0 +1,163 @@
+"""`longlora.json`: what an adapter or a model was trained with, in the folder that holds it.
+
+An adapter's own files do not say how RoPE was scaled, and a recipe may change after training. This
+file ties the weights to their RoPE, so that loading, merging and resuming can refuse another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from longlora_plugin.checkpoints.files import write_json
+
+FILE = "longlora.json"
+FORMAT = 1
+PACKAGES = ("longlora-plugin", "axolotl", "transformers", "peft", "torch")
+SECRET = re.compile(r"(^|_)(token|api_key|password|secret)$", re.IGNORECASE)
+"""Recipe keys that are left out of the file."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What one run trained.
+
+    Attributes:
+        base_model: folder or hub name of the base model's weights.
+        base_model_revision: its revision on the hub, where the recipe names one.
+        adapter: the adapter that the recipe asked for; None for full fine-tuning.
+        rope_preset: name of the RoPE preset, or `none`; what `auto` chose where it was asked.
+        rope_reason: why `auto` chose it; None otherwise.
+        config_fields: RoPE fields of the trained model's config.json, by name; {} where RoPE is the
+            base model's.
+        rope_parameters: `rope_parameters` of the trained model.
+        pretrained_context, base_context, target_context: tokens of pretraining, tokens that the
+            base model handles, tokens that were trained for.
+        group_size: tokens in a group of shifted attention; None without it.
+        attention_pattern: name of the pattern; None without shifted attention.
+        full_attention_below: documents up to this many tokens used full attention.
+        covered_layers: number of layers trained with shifted attention.
+        uncovered_layers: reason → number of attention layers that kept the model's own attention.
+        steps: optimizer steps done.
+        full_attention_steps: how many of them ran with full attention, at the end.
+        trainable: kinds of modules trained in addition to LoRA.
+        trained_modules, trained_parameters: how many these were.
+        recipe: the recipe, without secrets.
+        recipe_digest: SHA-256 of the recipe as JSON.
+        data_digests: path of each local data file → SHA-256.
+        versions: package → version.
+        results: figures measured after training: mappings with `metric`, `value` and more.
+    """
+
+    base_model: str
+    target_context: int
+    adapter: str | None = None
+    base_model_revision: str | None = None
+    rope_preset: str = "none"
+    rope_reason: str | None = None
+    config_fields: dict[str, Any] = field(default_factory=dict)
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
+    pretrained_context: int | None = None
+    base_context: int | None = None
+    group_size: int | None = None
+    attention_pattern: str | None = None
+    full_attention_below: int = 0
+    covered_layers: int = 0
+    uncovered_layers: dict[str, int] = field(default_factory=dict)
+    steps: int = 0
+    full_attention_steps: int = 0
+    trainable: list[str] = field(default_factory=list)
+    trained_modules: int = 0
+    trained_parameters: int = 0
+    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe_digest: str | None = None
+    data_digests: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `longlora.json` into a folder; an existing file is replaced only by a whole one."""
+    write_json(folder / FILE, {"format": FORMAT, **asdict(manifest)})
+
+
+def read_manifest(folder: str | Path) -> Manifest | None:
+    """The manifest of a folder; None where it has none.
+
+    Raises:
+        ValueError: the file is cut off, or of a later format.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = {each.name for each in fields(Manifest)}
+        if content["format"] > FORMAT:
+            raise ValueError(
+                f"{path} has format {content['format']}, this version reads up to {FORMAT}; "
+                "install a newer longlora-plugin"
+            )
+        return Manifest(**{key: value for key, value in content.items() if key in known})
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is damaged or cut off: {error!r}; delete it, or train again"
+        ) from None
+
+
+def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as plain JSON types, without keys that hold secrets."""
+    plain = json.loads(json.dumps(dict(recipe), default=str))
+    return {key: value for key, value in plain.items() if not SECRET.search(key)}
+
+
+def digest(recipe: Mapping[str, Any]) -> str:
+    """SHA-256 of a recipe, the same whatever the order of its keys."""
+    text = json.dumps(public_recipe(recipe), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def data_digests(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of each local file that the recipe's `datasets` and `test_datasets` name."""
+    found = {}
+    for section in ("datasets", "test_datasets"):
+        rows = recipe.get(section)
+        for row in rows if isinstance(rows, list) else []:
+            names = row.get("data_files") or row.get("path") if isinstance(row, Mapping) else None
+            for name in [names] if isinstance(names, str) else names or []:
+                if Path(name).is_file():
+                    with Path(name).open("rb") as file:
+                        found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that a run depends on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def why_another_rope(manifest: Manifest, rope_parameters: Mapping[str, Any]) -> str | None:
+    """How the RoPE that an adapter was trained with differs from another; None if it does not."""
+    trained, given = _plain(manifest.rope_parameters), _plain(rope_parameters)
+    if not trained or trained == given:
+        return None
+    return f"it was trained with rope_parameters {trained}, this run has {given}"
+
+
+def _plain(parameters: Mapping[str, Any]) -> Any:
+    """Parameters with numbers that are equal written alike: 8 and 8.0."""
+    return json.loads(
+        json.dumps(parameters, sort_keys=True, default=str), parse_int=float, parse_float=float
+    )
