@@ -12,12 +12,10 @@ from typing import Any
 
 import torch
 
+from longlora_plugin.attention.layer_types import FULL_ATTENTION, limits_attention
+
 REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"
 """transformers' registry of attention functions, as modelling files call it."""
-
-FULL_ATTENTION = frozenset({"full_attention", "attention", "hybrid"})
-"""Kinds in a config's `layer_types` that attend to the whole document; `hybrid` layers do so beside
-a recurrence."""
 
 
 def eligible_layers(model: torch.nn.Module) -> tuple[list[torch.nn.Module], Counter[str]]:
@@ -95,9 +93,3 @@ def _layer_kind(module: torch.nn.Module) -> str | None:
     if not layer_types or index is None or not 0 <= index < len(layer_types):
         return None
     return layer_types[index]
-
-
-def limits_attention(window: int | None, config: Any) -> bool:
-    """Whether a window is narrower than the longest sequence of the model."""
-    longest = getattr(config, "max_position_embeddings", None)
-    return bool(window) and (longest is None or window < longest)

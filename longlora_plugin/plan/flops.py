@@ -24,6 +24,7 @@ FlashAttention skips the masked blocks, so this is the count that predicts time.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from longlora_plugin.attention.layout import S2, AttentionPattern, ends, head_runs
@@ -104,9 +105,12 @@ def forward_flops(
         group_size: tokens in a group of S²; None for full attention.
         causal: count only the pairs a causal kernel computes; otherwise the paper's dense count.
     """
+    layers = Counter((window, group_size if window is None else None) for window in shape.windows)
+    layers[None, group_size] -= shape.unshifted
+    layers[None, None] += shape.unshifted
     pairs = sum(
-        attended_pairs(shape, length, window, group_size, causal=causal, pattern=pattern)
-        for window in shape.windows
+        count * attended_pairs(shape, length, window, group, causal=causal, pattern=pattern)
+        for (window, group), count in layers.items()
     )
     rotated = shape.rotary_dim * (shape.heads + shape.kv_heads) * len(shape.windows)
     elementwise = 4 * shape.norm_elements + 3 * rotated + 2 * shape.hidden * shape.layers

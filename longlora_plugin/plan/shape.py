@@ -11,9 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-ATTENDING = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
-"""Values of a config's `layer_types` whose cost depends on which keys a query sees."""
-
+from longlora_plugin.attention.layer_types import layer_windows
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -26,7 +24,8 @@ class ModelShape:
         heads, kv_heads: query and key-value heads of a layer.
         head_dim, value_dim: width of a query/key head and of a value head.
         rotary_dim: part of `head_dim` that RoPE turns.
-        windows: for each layer that attends, its sliding window in tokens; None attends fully.
+        windows: for each layer that attends, how many keys a query sees; None attends fully.
+        unshifted: how many of the layers that attend fully S² cannot cover.
         projection_weights: of all attention projections.
         ffn_weights: of all FFNs; of a mixture, the experts one token is routed to.
         head_weights: of the output head (tied or not, it is multiplied).
@@ -46,6 +45,12 @@ class ModelShape:
     ffn_weights: int
     head_weights: int
     norm_elements: int
+    unshifted: int = 0
+
+    @property
+    def full_layers(self) -> int:
+        """Layers that attend to the whole document."""
+        return self.windows.count(None)
 
     @property
     def ffn_width(self) -> float:
@@ -87,6 +92,7 @@ def shape_of(model: Any) -> ModelShape:
         head_dim = text.qk_nope_head_dim + text.qk_rope_head_dim
     rotary = getattr(text, "qk_rope_head_dim", None) or int(head_dim * _rotary_share(text))
 
+    windows = layer_windows(text)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     projections = ffn = norms = 0
     for path, module in decoder.named_modules():
@@ -114,7 +120,8 @@ def shape_of(model: Any) -> ModelShape:
         head_dim=head_dim,
         value_dim=getattr(text, "v_head_dim", None) or head_dim,
         rotary_dim=rotary,
-        windows=_windows(text),
+        windows=windows,
+        unshifted=_unshifted(model, windows.count(None)),
         projection_weights=projections,
         ffn_weights=round(ffn),
         head_weights=head.weight.numel(),
@@ -135,6 +142,7 @@ def _heads_of(path: str, heads: int, kv_heads: int) -> int:
 
 
 def _routed_share(text: Any) -> float:
+    text = getattr(text, "ffn_config", None) or text  # DBRX
     experts = next(
         getattr(text, key)
         for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -146,15 +154,16 @@ def _routed_share(text: Any) -> float:
         if getattr(text, key, None)
     )
     return routed / experts
+ 
 
+def _unshifted(model: Any, full_layers: int) -> int:
+    """How many of the fully attending layers S² cannot cover, judged on the built model."""
+    from longlora_plugin.attention.eligibility import attention_layers, eligible_layers
 
-def _windows(text: Any) -> tuple[int | None, ...]:
-    window = getattr(text, "sliding_window", None)
-    kinds = getattr(text, "layer_types", None)
-    if not kinds:
-        return (window,) * text.num_hidden_layers
-    narrow = {
-        "sliding_attention": window,
-        "chunked_attention": getattr(text, "attention_chunk_size", None),
-    }
-    return tuple(narrow.get(kind) for kind in kinds if kind in ATTENDING)
+    covered, _ = eligible_layers(model)
+    if not covered:
+        return full_layers
+    decoder = set(model.get_decoder().modules())
+    others = [m for m in attention_layers(model) if m in decoder and m not in covered]
+    windows = layer_windows(model.config.get_text_config())
+    return max(0, len(others) - (len(windows) - full_layers))

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from reference import head_masks
 
 from longlora_plugin.attention import enable_shifted_attention
+from longlora_plugin.plan import forward_flops, shape_of
 
 GROUP, TOKENS = 8, 21
 DOCUMENTS = [12, 9]
@@ -768,6 +769,14 @@ def test_every_full_attention_layer_is_shifted_and_the_others_are_named(
     assert seen.from_full_attention > 1e-4
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_plan_counts_a_fully_attending_layer_for_each_call_of_shifted_attention(name: str) -> None:
+    family = FAMILIES[name]
+    shape = shape_of(build_family(name, family, family.implementations[0]))
+    calls = family.layers if name == "diffllama" else family.calls  # two calls of half the width
+    assert shape.full_layers - shape.unshifted == (calls or family.layers)
+
+
 @each_family_and_implementation
 def test_evaluation_while_enabled_and_training_after_remove_are_bit_for_bit_stock(
     name: str, implementation: str
@@ -859,6 +868,14 @@ def test_stock_model_mixes_packed_documents_where_the_table_says_so(name: str) -
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_unsupported_family_is_refused_with_the_reason(name: str) -> None:
     assert refusal(name).count(UNSUPPORTED[name][1]) == 1
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_plan_lets_shifted_attention_save_nothing_in_an_unsupported_family(name: str) -> None:
+    model = build_family(name, UNSUPPORTED[name][0], "eager")
+    shape = shape_of(model)
+    assert shape.full_layers == shape.unshifted
+    assert forward_flops(shape, 64, 8) == forward_flops(shape, 64)
 
 
 @cache
