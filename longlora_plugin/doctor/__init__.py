@@ -13,7 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.doctor.machine import this_device, unsupported_versions, versions
+from longlora_plugin.doctor.machine import (
+    this_device,
+    unsupported_extras,
+    unsupported_versions,
+    versions,
+)
 from longlora_plugin.doctor.needs import Finding, judge
 from longlora_plugin.doctor.trials import NOT_TRIED, Trial, trials_for, tried
 
@@ -69,6 +74,7 @@ def diagnose(
         )
     diagnosis = Diagnosis(versions(), device, trials)
     diagnosis.problems += unsupported_versions(diagnosis.versions)
+    diagnosis.notes += unsupported_extras(diagnosis.versions)
     if recipe is not None:
         progress(str(recipe))
         diagnosis.recipe = str(recipe)

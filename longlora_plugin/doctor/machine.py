@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
+
+from packaging.requirements import Requirement
 
 DISTRIBUTION = "longlora-plugin"
 PACKAGES = (
@@ -34,18 +36,42 @@ def versions() -> dict[str, str | None]:
 
 def unsupported_versions(found: Mapping[str, str | None]) -> list[str]:
     """Which installed packages are not of a version that this package is made for."""
-    from packaging.requirements import Requirement
+    return [
+        f"{wanted.name} {found[wanted.name]} is installed; this package is made for "
+        f'{wanted.specifier}: pip install "{wanted.name}{wanted.specifier}"'
+        for wanted in _unmet(DISTRIBUTION, found)
+    ]
 
-    problems = []
-    for line in requires(DISTRIBUTION) or ():
-        wanted = Requirement(line)
+
+def unsupported_extras(found: Mapping[str, str | None]) -> list[str]:
+    """Which installed optional packages are not of a version that the installed Axolotl allows."""
+    return [
+        f"{wanted.name} {found[wanted.name]} is installed; axolotl {found['axolotl']} is made for "
+        f'{wanted.specifier}: pip install "{wanted.name}{wanted.specifier}"'
+        for wanted in _unmet("axolotl", found, extra=True)
+    ]
+
+
+def _unmet(
+    distribution: str, found: Mapping[str, str | None], *, extra: bool = False
+) -> Iterator[Requirement]:
+    """Requirements of an installed package that the versions found do not meet.
+
+    Args:
+        extra: those of its extras instead of those it always has.
+    """
+    try:
+        lines = requires(distribution) or []
+    except PackageNotFoundError:
+        return  # run from a checkout that is not installed
+    for wanted in map(Requirement, lines):
+        if extra:
+            asked = wanted.marker is not None and "extra ==" in str(wanted.marker)
+        else:
+            asked = wanted.marker is None or wanted.marker.evaluate()
         installed = found.get(wanted.name)
-        if wanted.marker is None and installed and not wanted.specifier.contains(installed, True):
-            problems.append(
-                f"{wanted.name} {installed} is installed; this package is made for "
-                f'{wanted.specifier}: pip install "{wanted.name}{wanted.specifier}"'
-            )
-    return problems
+        if asked and installed and not wanted.specifier.contains(installed, prereleases=True):
+            yield wanted
 
 
 def this_device() -> dict[str, Any]:
@@ -66,5 +92,5 @@ def this_device() -> dict[str, Any]:
         "name": properties.name,
         "count": torch.cuda.device_count(),
         "memory": round(properties.total_memory / 2**30, 1),
-        "bf16": torch.cuda.is_bf16_supported(),
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False),
     }

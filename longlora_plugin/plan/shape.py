@@ -13,6 +13,7 @@ from typing import Any
 
 from longlora_plugin.attention.layer_types import layer_windows
 
+
 @dataclass(frozen=True)
 class ModelShape:
     """What FLOPs and activations depend on. Weights are matrix elements a token meets.
@@ -154,7 +155,7 @@ def _routed_share(text: Any) -> float:
         if getattr(text, key, None)
     )
     return routed / experts
- 
+
 
 def _unshifted(model: Any, full_layers: int) -> int:
     """How many of the fully attending layers S² cannot cover, judged on the built model."""

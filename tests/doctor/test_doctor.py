@@ -5,17 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from axolotl_runs import write_recipe
 from click.testing import CliRunner
+from packaging.requirements import Requirement
 
 from longlora_plugin import attention
 from longlora_plugin.cli import longlora
-from longlora_plugin.doctor import machine, trials
+from longlora_plugin.doctor import launcher_step, machine, trials
 
+ROOT = Path(__file__).parents[2]
 CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without GPU lacks")
 
 
@@ -112,6 +118,81 @@ def test_axolotl_of_another_version_is_a_problem():
     assert machine.unsupported_versions(machine.versions()) == []
     (problem,) = machine.unsupported_versions({"axolotl": "0.18.0"})
     assert 'pip install "axolotl' in problem
+
+
+def test_checkout_that_is_not_installed_is_no_error(monkeypatch):
+    def not_installed(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(machine, "requires", not_installed)
+    monkeypatch.setattr(machine, "version", not_installed)
+    assert machine.unsupported_versions(machine.versions()) == []
+    assert machine.unsupported_extras(machine.versions()) == []
+    result = run()
+    assert result.exit_code == 0, result.output
+    assert machine.DISTRIBUTION in result.output
+
+
+def test_optional_package_outside_axolotls_bounds_is_named_with_the_bound(monkeypatch):
+    lines = ["torch>=2", 'deepspeed<0.19.0,>=0.18.6; extra == "deepspeed"']
+    monkeypatch.setattr(machine, "requires", lambda name: lines)
+    found = {"axolotl": "0.19.0", "torch": "2.13.0", "deepspeed": "0.19.8"}
+    (note,) = machine.unsupported_extras(found)
+    assert note.startswith("deepspeed 0.19.8 is installed; axolotl 0.19.0 is made for ")
+    assert machine.unsupported_extras({**found, "deepspeed": "0.18.9"}) == []
+    assert machine.unsupported_extras({**found, "deepspeed": None}) == []
+
+
+def test_our_deepspeed_extra_is_within_what_every_supported_axolotl_allows():
+    """0.19: <0.19.0,>=0.18.6; 0.21: <0.20.0,>=0.18.6."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (ours,) = map(Requirement, extras["optional-dependencies"]["deepspeed"])
+    assert ours.specifier.contains("0.18.9")
+    assert not ours.specifier.contains("0.18.5")
+    assert not ours.specifier.contains("0.19.0")
+
+
+@pytest.mark.parametrize(("major", "bf16"), [(7, False), (8, True)], ids=["T4", "A100"])
+def test_emulated_bf16_is_no_bf16(monkeypatch, major, bf16):
+    """torch on a T4 or V100 can make bf16 tensors, and computes them slowly in fp32."""
+    properties = SimpleNamespace(name="a GPU", total_memory=16 * 2**30, major=major)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert machine.this_device()["bf16"] is bf16
+
+
+def test_deepspeed_step_is_compared_without_the_clipping_it_does_by_default(monkeypatch):
+    """DeepSpeed 0.19 clips gradients at 1 unless told otherwise; plain SGD does not."""
+    seen = {}
+
+    class Engine:
+        def __init__(self, model, optimizer):
+            self.module, self.optimizer = model, optimizer
+
+        def __call__(self, x):
+            return self.module(x)
+
+        def backward(self, loss):
+            loss.backward()
+
+        def step(self):
+            clip = seen.get("gradient_clipping", 1.0)
+            if clip:
+                torch.nn.utils.clip_grad_norm_(self.module.parameters(), clip)
+            self.optimizer.step()
+
+    def initialize(model, optimizer, config):
+        seen.update(config)
+        return Engine(model, optimizer), optimizer, None, None
+
+    double = SimpleNamespace(
+        init_distributed=lambda backend: None, initialize=initialize, __version__="0.19.8"
+    )
+    monkeypatch.setitem(sys.modules, "deepspeed", double)
+    assert "equals plain SGD" in launcher_step.try_deepspeed("cpu")
 
 
 def test_report_without_a_recipe_is_complete_and_exits_0(tmp_path):
