@@ -20,6 +20,7 @@ from longlora_plugin.host.compat import (
     uses_deepspeed,
     uses_fsdp,
 )
+from longlora_plugin.rope import keep_both_spellings
 from longlora_plugin.run.prepare import asks_for_longlora, lower
 
 
@@ -108,6 +109,7 @@ class LongLoRAPlugin(BasePlugin):
         # Axolotl 0.19 raises the maximum of the built model, which switches `dynamic` off.
         for field, value in block.resolved.config_fields.items():
             setattr(model.config, field, value)
+        keep_both_spellings(model.config)
         if cfg.merge_lora or cfg.inference:
             return
         if _trains_longlora(block):

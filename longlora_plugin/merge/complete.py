@@ -24,6 +24,7 @@ from longlora_plugin.merge.tensors import (
     shards_of,
     tied_names,
 )
+from longlora_plugin.rope import write_rope
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -89,7 +90,7 @@ def complete(
 def write_config_fields(folder: Path, fields: Mapping[str, Any]) -> bool:
     """Set fields of a folder's `config.json`; whether it changed.
 
-    Old spellings of RoPE are removed: transformers would read them beside the new one.
+    RoPE is written in both spellings.
 
     Raises:
         ValueError: the folder has no `config.json`.
@@ -100,8 +101,7 @@ def write_config_fields(folder: Path, fields: Mapping[str, Any]) -> bool:
     config = json.loads(path.read_text(encoding="utf-8"))
     changed = {**config, **fields}
     if "rope_parameters" in fields:
-        for old in ("rope_scaling", "rope_theta"):
-            changed.pop(old, None)
+        changed = write_rope(changed, fields["rope_parameters"], fields["max_position_embeddings"])
     if changed == config:
         return False
     write_json(path, changed)

@@ -2,8 +2,9 @@
 
 Two contexts of the base model matter. Its *original* context is what it was pretrained on before
 any scaling (8192 for Llama 3.1), its *supported* context what it handles now (131072). They are the
-same number for an unscaled model. `base` reads them from a config, `presets` holds the presets,
-`resolve` puts both together. Loads no torch, and transformers only to read a config by its type.
+same number for an unscaled model. `base_config` reads them from a config, `presets` holds the
+presets, `resolve` puts both together, `spelling` writes the result for every reader. Loads no
+torch, and transformers only to read a config by its type.
 """
 
 from longlora_plugin.rope.base_config import (
@@ -14,6 +15,7 @@ from longlora_plugin.rope.base_config import (
 )
 from longlora_plugin.rope.presets import PRESETS, RopeRequest
 from longlora_plugin.rope.resolve import RopeSettings, apply_rope, resolve_rope
+from longlora_plugin.rope.spelling import keep_both_spellings, rope_fields, write_rope
 
 __all__ = [
     "PRESETS",
@@ -22,7 +24,10 @@ __all__ = [
     "apply_rope",
     "base_context_of",
     "has_rope",
+    "keep_both_spellings",
     "pretrained_context_of",
     "resolve_rope",
+    "rope_fields",
     "rope_parameters_of",
+    "write_rope",
 ]

@@ -84,6 +84,9 @@ def test_merged_model_is_the_trained_one(trained, method):
     config = json.loads((merged_dir / "config.json").read_text())
     expected = json.loads((trained.out / "config.json").read_text())
     assert config["rope_parameters"] == expected["rope_parameters"]
+    for field in ("rope_theta", "rope_scaling"):  # for readers that know only these
+        assert config[field] == expected[field]
+    assert config["rope_scaling"]["type"] == "yarn"
     assert config["max_position_embeddings"] == TARGET
 
     merged = AutoModelForCausalLM.from_pretrained(merged_dir, dtype=torch.float32).eval()
