@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import architecture
 import click
 import yaml
 
@@ -365,12 +366,20 @@ def draw(path: Path) -> None:
     pyplot.close(figure)
 
 
+# ---- architecture ---------------------------------------------------------------------------
+
+
+def architecture_page() -> str:
+    return architecture.page((DOCS / "explanation/architecture.md").read_text(encoding="utf-8"))
+
+
 PAGES = {
     "reference/yaml.md": yaml_page,
     "reference/rope-presets.md": presets_page,
     "reference/hooks.md": hooks_page,
     "reference/commands.md": commands_page,
     "reference/recipes.md": recipes_page,
+    "explanation/architecture.md": architecture_page,
 }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from architecture import arrows, cycle, module_imports
 
 from longlora_plugin.args import LongLoRAArgs, LongLoRAConfig, Resolved
 
@@ -35,6 +36,89 @@ KERNEL_MODULES = (
     "transformers.modeling_flash_attention_utils",
 )
 KERNEL_NAMES = {"scaled_dot_product_attention", "flex_attention", "flash_attn_varlen_func"}
+
+
+ALLOWED = {
+    "adapter": "attention checkpoints hookspecs",
+    "args": "",
+    "artifacts": "checkpoints",
+    "attention": "hookspecs",
+    "checkpoints": "rope",
+    "cli": "checkpoints doctor evaluation longqa plan recipes run",
+    "doctor": "args attention host plan recipes registry rope run",
+    "evaluation": "rope run",
+    "hookspecs": "",
+    "host": "",
+    "longlora_plugin": "",
+    "longqa": "",
+    "merge": "adapter checkpoints rope",
+    "plan": "adapter args attention registry run",
+    "plugin": "adapter args attention evaluation host merge registry rope run",
+    "recipes": "args attention hookspecs host plan registry run",
+    "registry": "attention hookspecs",
+    "rope": "hookspecs registry",
+    "run": "args attention checkpoints registry rope",
+}
+"""Part of the package → the parts that it imports, all of them."""
+
+READS_RECIPES = ("run/", "recipes/", "cli/", "host/", "plugin.py", "plan/from_recipe.py")
+"""Where raw recipes, the mapping that YAML gives, are read."""
+
+STILL_READ_RECIPES = {
+    "checkpoints/resume.py",
+    "doctor/needs.py",
+    "evaluation/data.py",
+    "evaluation/models.py",
+    "plan/tables.py",
+}
+"""Exceptions, to become none: these are to take what `run/` decided."""
+
+FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 7
+
+SIGNATURES = {
+    "longlora_plugin/attention/backends.py::shifted_sparse_attention",
+    "longlora_plugin/attention/install.py::attend",
+}
+"""The contract's signature, and that of transformers' attention interface."""
+
+TOO_LONG = {
+    "benchmarks/attention/__main__.py::main",
+    "benchmarks/attention/methods.py::steps",
+    "longlora_plugin/cli/eval.py::command",
+    "longlora_plugin/cli/longqa.py::_build",
+    "longlora_plugin/cli/passkey.py::command",
+    "longlora_plugin/cli/plan.py::_print_paper",
+    "longlora_plugin/evaluation/callback.py::__init__",
+    "longlora_plugin/evaluation/lengths.py::evaluate",
+    "longlora_plugin/evaluation/needle_grid.py::_row",
+    "longlora_plugin/evaluation/needle_grid.py::ask",
+    "longlora_plugin/evaluation/needle_report.py::plot_heat_map",
+    "longlora_plugin/evaluation/passkey.py::build_trial",
+    "longlora_plugin/evaluation/perplexity.py::score_documents",
+    "longlora_plugin/evaluation/tables.py::plot_positions",
+    "longlora_plugin/longqa/build.py::__init__",
+    "longlora_plugin/longqa/endpoint.py",
+    "longlora_plugin/plan/flops.py::step_flops",
+    "longlora_plugin/plan/memory.py::memory",
+    "longlora_plugin/plan/parameters.py::count_parameters",
+    "longlora_plugin/rope/resolve.py::resolve_rope",
+    "longlora_plugin/run/prepare.py::lower",
+    "tests/attention/test_attention.py",
+    "tests/attention/test_backends.py",
+    "tests/attention/test_backends.py::functions_4",
+    "tests/attention/test_families.py",
+    "tests/attention/test_works_with.py",
+    "tests/benchmarks/test_longqa_score.py",
+    "tests/evaluation/test_command.py",
+    "tests/longqa/test_build.py",
+    "tests/longqa/test_endpoint.py",
+    "tests/plan/test_plan.py",
+    "tests/recipes/test_existing_recipes.py",
+    "tests/recipes/test_recipes.py",
+    "tests/rope/test_presets.py",
+    "tests/test_registry.py",
+}
+"""Exceptions, to become none."""
 
 
 def relative(path: Path) -> str:
@@ -115,6 +199,67 @@ def test_core_functions_take_plain_values_never_cfg(path):
         for argument in (*node.args.args, *node.args.kwonlyargs)
     }
     assert "cfg" not in names
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = module_imports()
+    assert not cycle(graph)
+    assert not cycle(arrows(graph))
+
+
+def test_a_circle_would_be_found():
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_parts_of_the_package_import_what_is_allowed_and_nothing_else():
+    found = {start: " ".join(sorted(ends)) for start, ends in arrows(module_imports()).items()}
+    assert found == ALLOWED, "a new arrow needs a reason; one that went is deleted from ALLOWED"
+
+
+def reads_a_recipe(tree: ast.Module) -> bool:
+    """Whether it looks at `.raw`, or a key of something called recipe, raw or cfg."""
+    raw = {"recipe", "raw", "cfg"}
+    for found in ast.walk(tree):
+        if isinstance(found, ast.Attribute) and found.attr == "raw":
+            return True
+        value = None
+        if isinstance(found, ast.Call) and _called(found) == "get" and found.args:
+            value, key = getattr(found.func, "value", None), found.args[0]
+        elif isinstance(found, ast.Subscript):
+            value, key = found.value, found.slice
+        if isinstance(value, ast.Name) and value.id in raw and isinstance(key, ast.Constant):
+            return True
+    return False
+
+
+def test_raw_recipes_are_read_where_recipes_are_read():
+    found = {relative(path) for path in MODULES if reads_a_recipe(tree_of(path))}
+    found = {name for name in found if not name.startswith(READS_RECIPES)}
+    assert found == STILL_READ_RECIPES, "what is decided in run/ is passed on as plain values"
+
+
+def oversized() -> Iterator[tuple[str, str]]:
+    """(file or file::function, what is too much) of the package, the benchmarks and the docs."""
+    programs = [path for folder in ("benchmarks", "docs") for path in (ROOT / folder).rglob("*.py")]
+    for path in [*MODULES, *programs, *(ROOT / "tests").rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        name = path.relative_to(ROOT).as_posix()
+        if text.count("\n") > FILE_LINES:
+            yield name, f"{FILE_LINES} lines"
+        for function in ast.walk(ast.parse(text)):
+            if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if function.end_lineno - function.lineno >= FUNCTION_LINES:
+                yield f"{name}::{function.name}", f"{FUNCTION_LINES} lines"
+            given = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+            parameters = {each.arg for each in given} - {"self", "cls"}
+            called = f"{name}::{function.name}"
+            if len(parameters) > PARAMETERS and called not in SIGNATURES and name[:5] != "tests":
+                yield called, f"{PARAMETERS} parameters"
+
+
+def test_files_and_functions_are_short():
+    assert {name for name, _ in oversized()} == TOO_LONG, "split it; or delete the exception"
 
 
 @pytest.mark.parametrize("folder", ["longlora_plugin", "tests", "benchmarks", "examples", "docs"])

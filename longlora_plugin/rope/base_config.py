@@ -29,13 +29,15 @@ def rope_parameters_of(base_config: Any) -> dict[str, Any]:
     config = text_config_of(base_config)
     if why_no_rope(config):
         return {}
-    raw = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if any(isinstance(value, Mapping) for value in raw.values()):
+    written = (
+        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    )
+    if any(isinstance(value, Mapping) for value in written.values()):
         return {
             name: None if value is None else _normal(config, value, nested=True)
-            for name, value in raw.items()
+            for name, value in written.items()
         }
-    return _normal(config, raw, nested=False)
+    return _normal(config, written, nested=False)
 
 
 def pretrained_context_of(base_config: Any) -> int:
@@ -169,10 +171,12 @@ def rotary_dim_of(config: Any) -> int:
     return int(head_dim * float(layer.get("partial_rotary_factor") or 1.0))
 
 
-def _normal(config: Any, raw: Mapping[str, Any], *, nested: bool) -> dict[str, Any]:
-    parameters = {key: value for key, value in raw.items() if key != "type" and value is not None}
+def _normal(config: Any, written: Mapping[str, Any], *, nested: bool) -> dict[str, Any]:
+    parameters = {
+        key: value for key, value in written.items() if key != "type" and value is not None
+    }
     parameters = copy.deepcopy(parameters)
-    rope_type = parameters.get("rope_type") or raw.get("type") or "default"
+    rope_type = parameters.get("rope_type") or written.get("type") or "default"
     parameters["rope_type"] = "longrope" if rope_type == "su" else rope_type
     _fill(parameters, "rope_theta", config, "rope_theta", "rotary_emb_base", "default_theta")
     parameters.setdefault("rope_theta", 10000.0)
