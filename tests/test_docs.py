@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 import generate
 import pytest
+import s2_picture
 import yaml
 from reference import allowed
 
@@ -32,17 +33,19 @@ def test_generated_page_is_up_to_date(page):
 def test_the_picture_shows_what_the_code_does_now():
     from PIL import Image
 
-    with Image.open(generate.PICTURE) as picture:
-        assert picture.info["Description"] == generate.fingerprint(), "run: python docs/generate.py"
+    with Image.open(s2_picture.PICTURE) as picture:
+        assert picture.info["Description"] == s2_picture.fingerprint(), (
+            "run: python docs/generate.py"
+        )
         assert picture.size[0] > 1000
 
 
 def test_the_pictures_masks_are_the_definition():
-    for _, documents, shift in generate.panels():
+    for _, documents, shift in s2_picture.panels():
         lengths = [size for _, size in documents]
-        expected = allowed(lengths, generate.GROUP, shifted=shift > 0).tolist()
-        assert generate.mask(documents, shift) == expected
-    assert [shift for _, _, shift in generate.panels()] == [0, 4, 0, 4]
+        expected = allowed(lengths, s2_picture.GROUP, shifted=shift > 0).tolist()
+        assert s2_picture.mask(documents, shift) == expected
+    assert [shift for _, _, shift in s2_picture.panels()] == [0, 4, 0, 4]
 
 
 def test_every_page_is_in_the_navigation_once():
