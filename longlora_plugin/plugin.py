@@ -214,6 +214,7 @@ class LongLoRAPlugin(BasePlugin):
                     base_context=block.resolved.base_context,
                     every_steps=block.held_out_steps,
                     base_config=base_config(cfg),
+                    continues_adapter=bool(cfg.lora_model_dir),
                     log=trainer.log,
                 )
             )

@@ -6,6 +6,7 @@ inside them, so that `--help` stays instant.
 
 from __future__ import annotations
 
+import errno
 import importlib
 from typing import Any
 
@@ -43,11 +44,21 @@ class LazyGroup(click.Group):
             formatter.write_dl(sorted(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        # Rooms raise ValueError for what a user can mend; a traceback would bury the message.
+        # ValueError and OSError say what a user can fix; a traceback would bury the message.
         try:
             return super().invoke(ctx)
-        except (ValueError, FileNotFoundError) as error:
+        except ValueError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            raise click.ClickException(_told(error)) from error
+
+
+def _told(error: OSError) -> str:
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}"
 
 
 @click.group(cls=LazyGroup)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
+
+from longlora_plugin.cli.options import json_option
+from longlora_plugin.cli.output import Output
 
 if TYPE_CHECKING:
     from longlora_plugin.doctor import Diagnosis
@@ -17,62 +19,55 @@ COLOURS = {"works": "green", "fails": "red", "missing": "yellow", "not tried": "
 @click.command("doctor")
 @click.argument("recipe", required=False, type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--quick", is_flag=True, help="Leave out what starts processes or compiles kernels.")
-@click.option("--json", "json_path", metavar="FILE", help="Write everything as JSON.")
+@json_option("Write everything as JSON.")
 def command(recipe: Path | None, quick: bool, json_path: str | None) -> None:
     """Versions, device, and which attention back ends, quantizations and launchers work here.
 
     Each is tried. With RECIPE also what will be on, what will be off, and why; the exit status is
     1 where the recipe cannot run here.
     """
-    from rich.console import Console
-
     from longlora_plugin.doctor import diagnose
 
-    out = Console()
-    with Console(stderr=True).status("starting") as status:
+    out = Output(json_path)
+    with out.errors.status("starting") as status:
         diagnosis = diagnose(
             recipe, quick=quick, progress=lambda name: status.update(f"trying {name}")
         )
     _print(out, diagnosis)
-    if json_path:
-        Path(json_path).write_text(
-            json.dumps(diagnosis.as_json(), indent=2, default=str) + "\n", encoding="utf-8"
-        )
-        out.print(f"figures: {json_path}", highlight=False, soft_wrap=True)
+    out.write_json(diagnosis.as_json())
     if diagnosis.problems:
         raise SystemExit(1)
 
 
-def _print(out: Any, diagnosis: Diagnosis) -> None:
+def _print(out: Output, diagnosis: Diagnosis) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     known = (f"{name} {value}" for name, value in diagnosis.versions.items() if value)
-    out.print(", ".join(known), highlight=False)
+    out.print(", ".join(known))
     absent = [name for name, value in diagnosis.versions.items() if not value]
     if absent:
-        out.print(f"not installed: {', '.join(absent)}", highlight=False)
+        out.print(f"not installed: {', '.join(absent)}")
     device = diagnosis.device
     memory = f", {device['memory']} GiB each" if device["memory"] else ""
     out.print(
         f"device: {device['count']} × {device['name']} ({device['kind']}{memory})",
-        highlight=False,
     )
     table = Table("tried", "", "what was seen", title="This machine", title_justify="left")
     for trial in diagnosis.trials:
         colour = COLOURS[trial.state]
         table.add_row(trial.name, f"[{colour}]{trial.state}[/]", escape(trial.detail))
-    out.print(table)
+    out.table(table)
     if diagnosis.findings:
         table = Table("what", "", "how, or why not", title=diagnosis.recipe, title_justify="left")
         for found in diagnosis.findings:
             word = "[green]on[/]" if found.on else "[yellow]off[/]"
             table.add_row(found.what, word, escape(found.why))
-        out.print(table)
+        out.table(table)
     for note in diagnosis.notes:
-        out.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+        out.print(f"[yellow]note:[/] {escape(note)}")
     for problem in diagnosis.problems:
-        out.print(f"[red]problem:[/] {escape(problem)}", highlight=False, soft_wrap=True)
+        out.print(f"[red]problem:[/] {escape(problem)}")
     if diagnosis.recipe:
         verdict = "cannot run here" if diagnosis.problems else "can run here"
-        out.print(f"{diagnosis.recipe} {verdict}", highlight=False, soft_wrap=True)
+        out.print(f"{diagnosis.recipe} {verdict}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from longlora_plugin.cli.options import json_option
+from longlora_plugin.cli.output import Output
 
 if TYPE_CHECKING:
     from longlora_plugin.plan import Plan
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--gpu", metavar="NAME", help="a100-80gb, rtx4090-24gb, …, or a size: 48gb.")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--paper", is_flag=True, help="Compare with the paper's Tables 11 and 12 instead.")
-@click.option("--json", "json_path", metavar="FILE", help="Write the figures as JSON.")
+@json_option("Write the figures as JSON.")
 @click.option("--plot", metavar="PNG", help="Memory and FLOPs against length.")
 def command(
     recipe: Path | None,
@@ -33,9 +35,7 @@ def command(
     Needs the base model's config.json only: no weights, no GPU, no dataset. Memory is for each
     GPU; the answer to "does it fit" never changes the exit status.
     """
-    from rich.console import Console
-
-    out = Console()
+    out = Output(json_path, plot)
     if paper:
         if recipe or plot:
             raise click.UsageError("--paper stands alone: no RECIPE and no --plot with it")
@@ -43,36 +43,26 @@ def command(
     else:
         if recipe is None:
             raise click.UsageError("name a RECIPE, or ask for --paper")
-        figures = _print_plan(out, recipe, gpu, gpus, plot)
-    if json_path:
-        Path(json_path).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    for what, path in (("figures", json_path), ("plot", plot)):
-        if path:
-            out.print(f"{what}: {path}", highlight=False, soft_wrap=True)
+        figures = _print_plan(out, recipe, gpu, gpus)
+    out.write_json(figures)
+    out.wrote("plot", out.plot)
 
 
-def _print_plan(
-    out: Any, path: Path, gpu: str | None, gpus: int, plot: str | None
-) -> dict[str, Any]:
+def _print_plan(out: Output, path: Path, gpu: str | None, gpus: int) -> dict[str, Any]:
+    from longlora_plugin.evaluation.models import read_base_config
     from longlora_plugin.plan import find_gpu, plan_run, planned_run
     from longlora_plugin.run.recipe import read_recipe
 
     card = find_gpu(gpu) if gpu else None
     recipe = read_recipe(path)
-    try:
-        config = recipe.base_config()
-    except OSError as error:
-        raise ValueError(
-            f"base_model: cannot read the config of {recipe.base_model!r}; write a folder that "
-            f"holds its config.json, or a name the Hugging Face hub (or its cache) has: {error}"
-        ) from None
+    config = read_base_config(recipe)
     run = planned_run(recipe, config, gpus)
     plan = plan_run(recipe, run, card)
     _print_tables(out, plan)
-    if plot:
+    if out.plot:
         from longlora_plugin.plan.plot import plot_plan
 
-        plot_plan(run, plan.sequence_len, card, plot)
+        plot_plan(run, plan.sequence_len, card, out.plot)
     return asdict(plan)
 
 
@@ -85,18 +75,15 @@ def _table(title: str, *columns: str) -> Any:
     return table
 
 
-def _print_tables(out: Any, plan: Plan) -> None:
+def _print_tables(out: Output, plan: Plan) -> None:
     counts = plan.parameters
     share = counts["trained"] / (counts["trained"] + counts["frozen"])
     out.print(
         f"{plan.base_model}, adapter: {plan.adapter or 'none (full fine-tune)'}, "
         f"sequence_len: {plan.sequence_len}",
-        highlight=False,
-        soft_wrap=True,
     )
     out.print(
         f"parameters: {counts['trained']:,} trained ({share:.2%}), {counts['frozen']:,} frozen",
-        highlight=False,
     )
     group = f"S², G = {plan.group_size}" if plan.group_size else "S² (rows too short for it)"
     table = _table(
@@ -114,7 +101,7 @@ def _print_tables(out: Any, plan: Plan) -> None:
             ),
         )
     table.caption = "forward: dense, as the paper counts; step: causal pairs, what kernels compute"
-    out.print(table)
+    out.table(table)
     how = "" if plan.shifted_attention else " (this recipe does not use S²)"
     out.print(f"a step with S² is up to {plan.speedup:.2f} × as fast as with full attention{how}")
     if plan.shifted_attention and plan.speedup_run != plan.speedup:
@@ -128,18 +115,18 @@ def _print_tables(out: Any, plan: Plan) -> None:
     table.add_section()
     table.add_row("total", f"{plan.memory['total']:.2f}")
     table.add_row("needed, without fragments", f"{plan.memory['needed']:.2f}")
-    out.print(table)
+    out.table(table)
     if plan.gpu:
-        out.print(_verdict(plan), highlight=False, soft_wrap=True)
+        out.print(_verdict(plan))
     else:
         table = _table(f"On {plan.gpus} × …", "GPU", "fits", "longest with room", "longest")
         for row in plan.by_gpu:
             word = "no" if not row.fits else "tight" if row.tight else "yes"
             longest = (row.comfortable_sequence_len, row.largest_sequence_len)
             table.add_row(row.gpu, word, *(f"{length:,}" for length in longest))
-        out.print(table)
+        out.table(table)
     for note in plan.notes:
-        out.print(f"note: {note}", highlight=False, soft_wrap=True)
+        out.print(f"note: {note}")
 
 
 def _verdict(plan: Plan) -> str:
@@ -160,7 +147,7 @@ def _verdict(plan: Plan) -> str:
     )
 
 
-def _print_paper(out: Any) -> dict[str, Any]:
+def _print_paper(out: Output) -> dict[str, Any]:
     from longlora_plugin.plan import paper
 
     ours = paper.table_11()
@@ -178,7 +165,7 @@ def _print_paper(out: Any) -> dict[str, Any]:
                 said,
             )
     table.caption = "totals are sums of the printed parts, as in the paper"
-    out.print(table)
+    out.table(table)
 
     cells = paper.table_12()
     table = _table(
@@ -201,14 +188,14 @@ def _print_paper(out: Any) -> dict[str, Any]:
     table.caption = (
         "one constant is fitted to this table: fragments, a quarter of activations and loss"
     )
-    out.print(table)
+    out.table(table)
 
     speed = paper.speed_ups()
     table = _table("LoRA over LongLoRA, 7B", "length", "plan (FLOPs)", "paper (hours)")
     for length, hours, ratio in speed:
         table.add_row(str(length), f"{ratio:.2f}", f"{hours:.2f}")
     table.caption = "the paper's own kernels roll and regroup tensors; plan counts arithmetic only"
-    out.print(table)
+    out.table(table)
 
     reach = paper.headline()
     table = _table(
@@ -224,7 +211,7 @@ def _print_paper(out: Any) -> dict[str, Any]:
             answer if goal.fits else "no",
         )
     table.caption = "GiB a GPU; needed: tensors alone, total: what the allocator would like"
-    out.print(table)
+    out.table(table)
     return {
         "table_11": {str(length): kinds for length, kinds in ours.items()},
         "table_12": [{**asdict(cell), "error": cell.error} for cell in cells],

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from longlora_plugin.cli.options import json_option
+from longlora_plugin.cli.output import Output
+
 if TYPE_CHECKING:
     from longlora_plugin.recipes.check import Report
 
@@ -18,15 +21,15 @@ def command() -> None:
 
 
 @command.command("list")
-@click.option("--json", "json_path", metavar="FILE", help="Write the list as JSON.")
+@json_option("Write the list as JSON.")
 def list_recipes(json_path: str | None) -> None:
     """Recipes of this package and of installed ones."""
-    from rich.console import Console
     from rich.table import Table
 
     from longlora_plugin.recipes import available
     from longlora_plugin.run.recipe import read_yaml
 
+    out = Output(json_path)
     table = Table("name", "base model", "context", "what", "from")
     rows = []
     for name, listed in sorted(available().items()):
@@ -43,9 +46,9 @@ def list_recipes(json_path: str | None) -> None:
                 "from": listed.owner,
             }
         )
-    Console().print(table)
-    click.echo("Start from one: axolotl longlora recipes init NAME")
-    _write_json(json_path, rows)
+    out.table(table)
+    out.print("Start from one: axolotl longlora recipes init NAME")
+    out.write_json(rows)
 
 
 @command.command()
@@ -98,7 +101,7 @@ def init(name: str, settings: tuple[str, ...], output: Path | None, force: bool)
     metavar="FOLDER",
     help="Take the base model's config.json from here (where the hub cannot be reached).",
 )
-@click.option("--json", "json_path", metavar="FILE", help="Write the findings as JSON.")
+@json_option("Write the findings as JSON.")
 @click.pass_context
 def check(
     ctx: click.Context,
@@ -113,7 +116,6 @@ def check(
     Says everything that is wrong at once. Exit status: 0 all are right, 1 something is wrong, 2
     wrong usage. A base model that cannot be reached is a note, not a problem.
     """
-    from rich.console import Console
     from rich.progress import track
 
     from longlora_plugin.plan import find_gpu
@@ -124,7 +126,8 @@ def check(
             find_gpu(gpu)
         except ValueError as error:
             raise click.UsageError(str(error)) from None
-    progress = Console(stderr=True)
+    out = Output(json_path)
+    progress = out.errors
     reports = [
         check_recipe(path, gpu=gpu, gpus=gpus, base_config=base_config)
         for path in track(
@@ -132,9 +135,8 @@ def check(
         )
     ]
     for report in reports:
-        _print_report(report)
-    _write_json(
-        json_path,
+        _print_report(report, err=out.is_piped)
+    out.write_json(
         [
             {
                 "path": str(report.path),
@@ -172,16 +174,16 @@ def _path_of(name: str) -> Path:
         raise click.UsageError(str(error)) from None
 
 
-def _print_report(report: Report) -> None:
+def _print_report(report: Report, *, err: bool) -> None:
     count = len(report.problems)
     verdict = "ok" if report.ok else f"{count} problem{'s' * (count != 1)}"
-    click.secho(f"{report.path}: {verdict}", fg="green" if report.ok else "red", bold=True)
+    click.secho(f"{report.path}: {verdict}", fg="green" if report.ok else "red", bold=True, err=err)
     for text in report.problems:
-        click.echo("  ✗ " + text.replace("\n", "\n    "))
+        click.echo("  ✗ " + text.replace("\n", "\n    "), err=err)
     for text in report.notes:
-        click.echo("  · " + text.replace("\n", "\n    "))
+        click.echo("  · " + text.replace("\n", "\n    "), err=err)
     if report.resolved:
-        click.echo("  → " + ", ".join(_facts(report.resolved)))
+        click.echo("  → " + ", ".join(_facts(report.resolved)), err=err)
 
 
 def _facts(resolved: dict[str, Any]) -> list[str]:
@@ -196,10 +198,3 @@ def _facts(resolved: dict[str, Any]) -> list[str]:
         f"RoPE {scaling}",
         f"groups of {group:,}" if group else "full attention",
     ]
-
-
-def _write_json(path: str | None, content: Any) -> None:
-    if path:
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
-        click.echo(f"figures: {path}")

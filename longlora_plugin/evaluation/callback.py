@@ -33,6 +33,11 @@ WINDOWS = 8
 """Windows of a recipe's `held_out` text that are scored each time."""
 READ_AT_MOST = 16
 """Of a large text, so many times the windows' tokens are read to choose them from."""
+FUNCTION_KEPT = ("pissa", "olora", "corda", "lora_ga")
+"""Initialisations that move a part of the base weights into the adapter: the model is still the
+base while the adapter is on and untrained, and is something else with the adapter off."""
+BASE_KEPT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Initialisations that leave the base weights alone: the base is the model with the adapter off."""
 TOLERANCE = 0.1
 """How far above the base model's perplexity at its own context is too far: a share of it."""
 
@@ -68,7 +73,7 @@ def watch_held_out(
     """The callback for a recipe's `held_out` text.
 
     Args:
-        data: see `documents.read_corpus`.
+        data: see `data.read_corpus`.
         length: tokens a window.
         windows: how many of them.
         options: of `LongContextCallback`.
@@ -94,6 +99,7 @@ class LongContextCallback(TrainerCallback):
         base_config: transformers config of the base model, before RoPE was scaled; with it the
             base model is measured, without it the model as training starts.
         buckets: see `windows.bucket_edges_for`.
+        continues_adapter: whether training starts from an adapter that was trained before.
         tolerance: share above the base model's perplexity at its own context that is warned of.
         warn: receives the warning.
     """
@@ -107,6 +113,7 @@ class LongContextCallback(TrainerCallback):
         base_context: int,
         base_config: Any = None,
         buckets: int | Sequence[int] | None = None,
+        continues_adapter: bool = False,
         tolerance: float = TOLERANCE,
         warn: Callable[[str], None] = LOG.warning,
     ) -> None:
@@ -118,6 +125,7 @@ class LongContextCallback(TrainerCallback):
         self.base_config = base_config
         self.edges = bucket_edges_for(windows.shape[1], buckets, base_context)
         self.base_context = min(base_context, windows.shape[1])
+        self.continues_adapter = continues_adapter
         self.tolerance = tolerance
         self.warn = warn
         self.base_perplexity: float | None = None
@@ -126,15 +134,15 @@ class LongContextCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
-        disabled = getattr(model, "disable_adapter", None)
-        if state.global_step and disabled is None:
-            # The weights are no longer the base model's, and there is no way back to them.
-            LOG.info("longlora: resumed full fine-tune, no comparison with the base model")
+        trained = bool(state.global_step) or self.continues_adapter
+        switched_off, reason = _base_with_adapter_off(model, trained)
+        if reason is not None:
+            LOG.warning("longlora: no comparison with the base model: %s", reason)
             return
         with contextlib.ExitStack() as stack:
-            if disabled is not None:
+            if switched_off:
                 stack.enter_context(_same_trainable_parameters(model))
-                stack.enter_context(disabled())
+                stack.enter_context(model.disable_adapter())
             if self.base_config is not None:
                 stack.enter_context(own_rope(model, self.base_config))
             losses = self._position_losses(model, args)
@@ -184,6 +192,32 @@ class LongContextCallback(TrainerCallback):
                 losses = token_losses(model, ids.to(device), whole_logits=whole_logits)
                 total += losses.double().sum(0).cpu().numpy()
         return total / len(self.windows)
+
+
+def _base_with_adapter_off(model: Any, trained: bool) -> tuple[bool, str | None]:
+    """Whether the base model is this model with its adapter off, and why it cannot be had at all.
+
+    Args:
+        trained: whether the weights have moved since the base model was loaded.
+    """
+    if not hasattr(model, "disable_adapter"):
+        return (
+            False,
+            "the full fine-tune was resumed, its first weights are gone" if trained else None,
+        )
+    kinds = {getattr(each, "init_lora_weights", True) for each in model.peft_config.values()}
+    changed = sorted(str(kind) for kind in kinds if kind not in BASE_KEPT)
+    if not changed:
+        return True, None
+    name = ", ".join(changed)
+    if not all(kind.lower().startswith(FUNCTION_KEPT) for kind in changed):
+        return False, f"the initialisation {name} changes the base weights"
+    if trained:
+        return False, (
+            f"the initialisation {name} moved a part of the base weights into the adapter, which "
+            "has been trained since"
+        )
+    return False, None
 
 
 @contextlib.contextmanager

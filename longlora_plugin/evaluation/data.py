@@ -1,13 +1,13 @@
 """Text to evaluate on: files, folders and Hugging Face datasets as documents of token ids.
 
-Documents stay apart all the way: a window never reads two of them.
+Documents stay apart all the way: a window never reads two of them. `datasets` reads every kind of
+file; what is said of a wrong one is ours.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-TEXT_SUFFIXES = (".txt", ".md", ".text")
-JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+READERS = {"json": (".jsonl", ".ndjson", ".json"), "text": (".txt", ".md", ".text")}
+"""What reads a file: the name of a builder of `datasets`, and the suffixes."""
 SPLITS = ("test", "validation", "train")
 """Splits of a dataset in the order in which they are looked for."""
 
@@ -28,10 +28,12 @@ class Corpus:
     Attributes:
         name: where the text came from, as the user wrote it.
         documents: one int32 array [tokens] for each document.
+        texts: the text of each document, as far as its tokens reach.
     """
 
     name: str
     documents: list[NDArray[np.int32]]
+    texts: list[str]
 
     @property
     def lengths(self) -> list[int]:
@@ -46,13 +48,25 @@ class Corpus:
             sha.update(document.astype("<i4").tobytes())
         return sha.hexdigest()[:16]
 
-    def reaching(self, length: int) -> Corpus:
-        """The documents of at least `length` tokens."""
-        return Corpus(self.name, [tokens for tokens in self.documents if len(tokens) >= length])
+    @property
+    def largest_id(self) -> int:
+        return max((int(document.max()) for document in self.documents if len(document)), default=0)
+
+    def only(self, indices: Sequence[int]) -> Corpus:
+        """Some of the documents."""
+        return Corpus(
+            self.name,
+            [self.documents[index] for index in indices],
+            [self.texts[index] for index in indices],
+        )
+
+    def tokenized_by(self, tokenizer: Any) -> Corpus:
+        """The same text in another tokenizer's tokens."""
+        return Corpus(self.name, [_tokens(text, tokenizer) for text in self.texts], self.texts)
 
 
 def read_corpus(
-    data: str | Path,
+    data: str | Path | Sequence[str | Path],
     tokenizer: Any,
     *,
     text_field: str = "text",
@@ -63,28 +77,59 @@ def read_corpus(
 
     Args:
         data: a text file (one document), a JSON Lines file (a document a line), a folder of such
-            files, or a Hugging Face dataset, `name` or `name:configuration`.
+            files, or a Hugging Face dataset, `name` or `name:configuration`; or several of those.
         text_field: the field that holds a document's text.
         split: split of a Hugging Face dataset; by default test, validation or train.
-        max_tokens: stop after so many tokens in all; the last document is cut.
+        max_tokens: stop after so many tokens of each of `data`; the last document is cut.
 
     Raises:
         ValueError: nothing there, or something that is not text; says what is expected.
     """
-    documents = []
-    left = max_tokens
-    for text in read_texts(data, text_field=text_field, split=split, stream=left is not None):
-        # Books are longer than the maximum that a tokenizer warns of; windows are not.
-        tokens = np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int32)
-        if left is not None:
-            tokens = tokens[:left]
-            left -= len(tokens)
-        documents.append(tokens)
-        if left == 0:
-            break
-    if not documents:
-        raise ValueError(f"{data} holds no document; expected text, found none")
-    return Corpus(str(data), documents)
+    sources = [data] if isinstance(data, str | Path) else list(data)
+    documents: list[NDArray[np.int32]] = []
+    texts: list[str] = []
+    for source in sources:
+        left, found = max_tokens, len(texts)
+        for text in read_texts(source, text_field=text_field, split=split, stream=left is not None):
+            tokens = _tokens(text, tokenizer)
+            if left is not None:
+                if len(tokens) > left:
+                    text, tokens = _first(text, tokens, left, tokenizer), tokens[:left]
+                left -= len(tokens)
+            documents.append(tokens)
+            texts.append(text)
+            if left == 0:
+                break
+        if len(texts) == found:
+            raise ValueError(f"{source} holds no document; expected text, found none")
+    return Corpus(", ".join(map(str, sources)), documents, texts)
+
+
+def _tokens(text: str, tokenizer: Any) -> NDArray[np.int32]:
+    # Books are longer than the maximum that a tokenizer warns of; windows are not.
+    return np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int32)
+
+
+def _first(text: str, tokens: NDArray[np.int32], count: int, tokenizer: Any) -> str:
+    """The text of the first tokens."""
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, verbose=False, return_offsets_mapping=True)
+        return text[: max(end for _, end in encoded["offset_mapping"][:count])]
+    decoded: str = tokenizer.decode(tokens[:count].tolist(), skip_special_tokens=True)
+    return decoded
+
+
+def check_texts(data: str | Path) -> None:
+    """Refuse data that cannot be read, before a model loads; looks at the first document only.
+
+    A dataset of the hub is not asked for.
+
+    Raises:
+        ValueError: says what is expected.
+    """
+    path = Path(data).expanduser()
+    if path.exists() or _can_only_be_a_path(str(data)):
+        next(read_texts(data), None)
 
 
 def read_texts(
@@ -95,22 +140,18 @@ def read_texts(
     stream: bool = False,
 ) -> Iterator[str]:
     """The documents of `data` as text, one by one; see `read_corpus`."""
-    path = Path(data)
+    path = Path(data).expanduser()
     if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in (*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES)
-        )
+        files = sorted(file for file in path.rglob("*") if _reader(file))
         if not files:
-            raise ValueError(
-                f"folder {path} holds no {', '.join((*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES))} file"
-            )
-        for file in files:
-            yield from _read_file(file, text_field)
+            suffixes = ", ".join(suffix for known in READERS.values() for suffix in known)
+            raise ValueError(f"folder {path} holds no {suffixes} file")
+        for reader in READERS:
+            if mine := [str(file) for file in files if _reader(file) == reader]:
+                yield from _read_files(reader, mine, str(path), text_field)
     elif path.is_file():
-        yield from _read_file(path, text_field)
-    elif path.suffix or path.is_absolute() or str(data).startswith("."):
+        yield from _read_files(_reader(path) or "text", [str(path)], str(path), text_field)
+    elif _can_only_be_a_path(str(data)):
         raise ValueError(
             f"no file or folder {data}; give a text file, a JSON Lines file with a "
             f"{text_field!r} field, a folder of those, or the name of a Hugging Face dataset"
@@ -119,30 +160,42 @@ def read_texts(
         yield from _read_dataset(str(data), text_field, split, stream)
 
 
-def _read_file(path: Path, text_field: str) -> Iterator[str]:
+def _reader(path: Path) -> str | None:
+    suffix = path.suffix.lower()
+    return next((name for name, suffixes in READERS.items() if suffix in suffixes), None)
+
+
+def _can_only_be_a_path(data: str) -> bool:
+    return data.startswith((".", "/", "~")) or bool(Path(data).suffix) or data.count("/") > 1
+
+
+def _read_files(reader: str, files: list[str], name: str, text_field: str) -> Iterator[str]:
+    import datasets
+
+    options = {"sample_by": "document"} if reader == "text" else {}
     try:
-        if path.suffix.lower() in JSON_LINES_SUFFIXES:
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _text_of_line(line, f"{path}, line {number}", text_field)
-        elif text := path.read_text(encoding="utf-8"):
-            yield text
+        # Streamed: a file that is read once needs no copy in the cache.
+        rows = iter(
+            datasets.load_dataset(
+                reader, data_files=files, split="train", streaming=True, **options
+            )
+        )
+        number = 0
+        while (row := next(rows, None)) is not None:
+            number += 1
+            where = f"{name}, row {number}"
+            text = _text_of(row, where, "text" if reader == "text" else text_field)
+            if text:
+                yield text
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def _text_of_line(line: str, where: str, text_field: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
-    return _text_of(row, where, text_field)
+        raise ValueError(f"{name} is not UTF-8 text: {error}") from None
+    except (OSError, ValueError, TypeError) as error:
+        if str(error).startswith(f"{name}, row"):
+            raise
+        raise ValueError(f"{name} cannot be read as {reader}: {error}") from None
 
 
 def _text_of(row: Any, where: str, text_field: str) -> str:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: expected an object with a {text_field!r} field, got {row!r}")
     text = row.get(text_field)
     if not isinstance(text, str):
         fields = ", ".join(map(str, row)) or "none"
@@ -167,16 +220,22 @@ def _read_dataset(name: str, text_field: str, split: str | None, stream: bool) -
             f"{name!r} is no file or folder here, and loading it as a Hugging Face dataset "
             f"failed: {error}"
         ) from None
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, 1):
         yield _text_of(row, f"{name}, {split} row {number}", text_field)
 
 
-def held_out_data(raw: Mapping[str, Any]) -> tuple[list[str], str]:
-    """Held-out data that a recipe names in `test_datasets`: paths, and their text field.
+def held_out_data(raw: Mapping[str, Any], held_out: str | None = None) -> tuple[list[str], str]:
+    """Held-out data that a recipe names: paths, and their text field.
+
+    Args:
+        raw: the recipe; its `test_datasets` are taken where `held_out` is not set.
+        held_out: `longlora.held_out`.
 
     Raises:
         ValueError: it names none; says to give the data.
     """
+    if held_out:
+        return [held_out], "text"
     paths: list[str] = []
     text_field = "text"
     for entry in raw.get("test_datasets") or []:
@@ -190,15 +249,7 @@ def held_out_data(raw: Mapping[str, Any]) -> tuple[list[str], str]:
         )
     if not paths:
         raise ValueError(
-            "no data to evaluate on: the recipe has no test_datasets. Give --data FILE, a folder "
-            "or a dataset's name"
+            "no data to evaluate on: the recipe has neither longlora.held_out nor test_datasets. "
+            "Give --data FILE, a folder or a dataset's name"
         )
     return paths, text_field
-
-
-def join(corpora: Sequence[Corpus]) -> Corpus:
-    """Several corpora as one."""
-    documents: Iterable[NDArray[np.int32]] = (
-        document for corpus in corpora for document in corpus.documents
-    )
-    return Corpus(", ".join(corpus.name for corpus in corpora), list(documents))

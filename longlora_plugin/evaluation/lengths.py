@@ -1,317 +1,184 @@
-"""Perplexity by context length: one row for each model and length, over the same tokens.
+"""Perplexity by context length: one row for each model and length, over the same text.
 
-Rows of one run are comparable: they score the very same tokens, those of the documents that reach
-the longest length, and differ in how far back the model sees.
+Rows of one run are comparable: they score the very same documents, those that reach the longest
+length in every tokenizer, and differ in how far back the model sees. Where models have different
+tokenizers, perplexities count different tokens, and bits a byte compare.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from longlora_plugin.evaluation.data import Corpus
-from longlora_plugin.evaluation.long_ppl import KeyTokens, long_perplexity
-from longlora_plugin.evaluation.models import ModelSource
+from longlora_plugin.evaluation.loading import LoadedModel, ModelSource
+from longlora_plugin.evaluation.options import PerplexityOptions
 from longlora_plugin.evaluation.perplexity import Scores, score_documents
 from longlora_plugin.evaluation.processes import Processes
-from longlora_plugin.evaluation.results import Row, read_rows, settings_digest, write_rows
+from longlora_plugin.evaluation.results import Row
+from longlora_plugin.evaluation.sweep import Cell, Experiment
 from longlora_plugin.evaluation.token_file import TokenFile
-from longlora_plugin.evaluation.windows import ScoreMode, bucket_edges_for, sliding_windows
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What to measure, the same for every model.
-
-    Attributes:
-        lengths: context lengths, tokens.
-        stride: tokens that a window moves by, at most its length; None for half of each length.
-        score: see `windows`.
-        buckets: see `windows.bucket_edges_for`.
-        batch_size: windows in a forward pass; None for a default by length.
-        long_ppl: how to find key tokens; None for no LongPPL.
-        long_ppl_model: label of the model that finds them; None for the last one.
-    """
-
-    lengths: Sequence[int]
-    stride: int | None = None
-    score: ScoreMode = "new"
-    buckets: int | Sequence[int] | None = None
-    batch_size: int | None = None
-    long_ppl: KeyTokens | None = None
-    long_ppl_model: str | None = None
-
-    def stride_for(self, length: int) -> int:
-        if self.stride is None:
-            return max(1, length // 2)
-        # A stride for the longest windows reads shorter ones without overlap.
-        return self.stride if self.stride > max(self.lengths) else min(self.stride, length)
+from longlora_plugin.evaluation.windows import bucket_edges_for, sliding_windows
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """Tokens the base model was made for, and tokens the recipe extends it to."""
+    """Tokens that the base model handles as it is, and tokens the recipe extends it to."""
 
-    original: int
+    base: int
     target: int
 
 
-def usable_lengths(corpus: Corpus, lengths: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Lengths that some document reaches, and those that none does, both rising.
+def usable_lengths(corpora: Sequence[Corpus], lengths: Sequence[int]) -> tuple[list[int], int]:
+    """Lengths that some document reaches in every tokenizer, rising, and the longest such document.
 
     Raises:
         ValueError: no document reaches any length; says how many tokens there are.
     """
-    longest = max(corpus.lengths, default=0)
+    reached = _reached(corpora)
+    longest = max(reached, default=0)
     usable = sorted({length for length in lengths if length <= longest})
     if not usable:
         raise ValueError(
-            f"{corpus.name}: its longest document has {longest} tokens "
-            f"({sum(corpus.lengths)} in {len(corpus.lengths)} documents), fewer than the shortest "
-            f"length {min(lengths)}. Give a length up to {longest}, or longer documents"
+            f"{corpora[0].name}: its longest document has {longest} tokens ({sum(reached)} in "
+            f"{len(reached)} documents), fewer than the shortest length {min(lengths)}. Give a "
+            f"length up to {longest}, or longer documents"
         )
-    return usable, sorted(set(lengths) - set(usable))
+    return usable, longest
 
 
-def evaluate(
-    sources: Sequence[ModelSource],
-    corpus: Corpus,
-    measurement: Measurement,
-    contexts: Contexts,
-    *,
-    dtype: Any,
-    processes: Processes,
-    json_path: str | Path | None = None,
-    tokens_path: str | Path | None = None,
-    on_note: Callable[[str], None] = lambda note: None,
-    on_progress: Callable[[str, int, int], None] = lambda what, tokens, total: None,
-) -> list[Row]:
-    """Measure every model at every length.
+def _reached(corpora: Sequence[Corpus]) -> list[int]:
+    """Tokens of each document, in the tokenizer that has fewest."""
+    return [min(counts) for counts in zip(*(corpus.lengths for corpus in corpora), strict=True)]
+
+
+class PerplexityByLength(Experiment):
+    """Sliding-window perplexity of every model at every length.
 
     Args:
-        sources: the models; loaded one at a time, and only where a row is missing.
-        dtype: torch dtype to compute in.
-        json_path: file of rows: those it has for the very same settings are kept, and it is
-            written anew after each row.
+        corpora: the same text in the tokens of each model, by label.
+        options: `lengths` is not empty.
         tokens_path: file of token-level losses; see `token_file`.
-        on_note: told what the user should know.
-        on_progress: told what is measured, the tokens of a batch, and the tokens in all.
+        note: told what the user should know.
 
     Raises:
         ValueError: lengths, stride or buckets do not fit, or a file is in the way.
     """
-    lengths, unreached = usable_lengths(corpus, measurement.lengths)
-    if unreached:
-        on_note(
-            f"no document reaches {', '.join(map(str, unreached))} tokens "
-            f"(the longest has {max(corpus.lengths)}): no rows for those lengths"
-        )
-    used = corpus.reaching(lengths[-1])
-    if len(used.documents) < len(corpus.documents):
-        on_note(
-            f"{len(used.documents)} of {len(corpus.documents)} documents have {lengths[-1]} "
-            "tokens; every length is measured on those, so that rows compare"
-        )
-    run = _Run(
-        sources, used, measurement, contexts, dtype, processes, lengths, on_note, on_progress
-    )
-    kept: dict[str, Row] = processes.from_main(read_rows(json_path) if processes.main else None)
-    tokens = TokenFile(tokens_path, used) if tokens_path and processes.main else None
-    if tokens_path:
-        held = processes.from_main(None if tokens is None else tokens.settings())
-        kept = {settings: row for settings, row in kept.items() if settings in held}
-    rows = {
-        (source.label, length): kept.get(run.settings(source, length))
-        for source in sources
-        for length in lengths
-    }
-    missing = [key for key, row in rows.items() if row is None]
-    if len(missing) < len(rows):
-        on_note(f"{len(rows) - len(missing)} of {len(rows)} rows were already in {json_path}")
 
-    def finished() -> list[Row]:
-        return [row for row in rows.values() if row is not None]
+    question = ("data", "score", "stride")
 
-    for row, losses, key in run.measure(missing):
-        rows[row["model"], row["length"]] = row
-        if not processes.main:
-            continue
-        if tokens is not None:
-            tokens.add(row, losses, key)
-        if json_path is not None:
-            write_rows(json_path, finished())
-    if json_path is not None and processes.main:
-        write_rows(json_path, finished())
-    return finished()
-
-
-@dataclass
-class _Run:
-    sources: Sequence[ModelSource]
-    corpus: Corpus
-    measurement: Measurement
-    contexts: Contexts
-    dtype: Any
-    processes: Processes
-    lengths: list[int]
-    on_note: Callable[[str], None]
-    on_progress: Callable[[str, int, int], None]
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        corpora: Mapping[str, Corpus],
+        options: PerplexityOptions,
+        contexts: Contexts,
+        processes: Processes,
+        note: Callable[[str], None] = lambda note: None,
+    ) -> None:
+        self.options, self.contexts, self.processes, self.note = options, contexts, processes, note
+        every = list(corpora.values())
+        self.lengths, longest = usable_lengths(every, options.lengths)
+        unreached = sorted(set(options.lengths) - set(self.lengths))
+        if unreached:
+            note(
+                f"no document reaches {', '.join(map(str, unreached))} tokens "
+                f"(the longest has {longest}): no rows for those lengths"
+            )
+        used = [i for i, tokens in enumerate(_reached(every)) if tokens >= self.lengths[-1]]
+        if len(used) < len(every[0].documents):
+            note(
+                f"{len(used)} of {len(every[0].documents)} documents have {self.lengths[-1]} "
+                "tokens; every length is measured on those, so that rows compare"
+            )
+        self.corpora = {label: corpus.only(used) for label, corpus in corpora.items()}
         for length in self.lengths:  # wrong strides and buckets are errors before a model loads
-            sliding_windows([], length, self.measurement.stride_for(length))
+            sliding_windows([], length, options.stride_for(length))
             self._edges(length)
-        self.evaluator = self._evaluator() if self.measurement.long_ppl else None
-        self._described = {
-            source.label: {**source.identity(), "model": source.label} for source in self.sources
-        }
-        self._common = {
-            "data": self.corpus.digest,
-            "score": self.measurement.score,
-            "dtype": str(self.dtype),
-            "device": self.processes.device.partition(":")[0],
-            "contexts": dataclasses.astuple(self.contexts),
-            "long_ppl": None
-            if self.measurement.long_ppl is None or self.evaluator is None
-            else {
-                **dataclasses.asdict(self.measurement.long_ppl),
-                "evaluator": self.evaluator.identity(),
-            },
-        }
+        self.tokens = self._token_file(options.tokens)
 
-    def _evaluator(self) -> ModelSource:
-        label = self.measurement.long_ppl_model
-        if label is None:
-            return self.sources[-1]
-        for source in self.sources:
-            if source.label == label:
-                return source
-        labels = ", ".join(source.label for source in self.sources)
-        raise ValueError(f"LongPPL's evaluator {label!r} is not among the models: {labels}")
+    def _token_file(self, path: str | None) -> TokenFile | None:
+        if path is None or not self.processes.main:
+            return None
+        if len({corpus.digest for corpus in self.corpora.values()}) > 1:
+            raise ValueError(
+                f"--tokens {path}: the models have different tokenizers, and a file holds the "
+                "losses of one; measure those of one tokenizer with --model"
+            )
+        return TokenFile(path, next(iter(self.corpora.values())))
 
     def _edges(self, length: int) -> list[int]:
-        return bucket_edges_for(length, self.measurement.buckets, self.contexts.original)
+        given = self.options.buckets
+        buckets = given[0] if len(given) == 1 else given or None
+        return bucket_edges_for(length, buckets, self.contexts.base)
 
-    def settings(self, source: ModelSource, length: int) -> str:
-        return settings_digest(
-            {
-                **self._common,
-                **self._described[source.label],
-                "length": length,
-                "stride": self.measurement.stride_for(length),
-                "edges": self._edges(length),
-            }
-        )
+    def cells(self, source: ModelSource) -> list[Cell]:
+        return [{"length": length} for length in self.lengths]
 
-    def measure(
-        self, missing: Sequence[tuple[str, int]]
-    ) -> Iterator[tuple[Row, NDArray[np.float32], NDArray[np.bool_] | None]]:
-        """Yield each missing row with its token losses and key tokens."""
-        if not missing:
-            return
-        keys: dict[int, NDArray[np.bool_]] = {}
-        scored: dict[tuple[str, int], tuple[Scores, float]] = {}
-        finder = self.measurement.long_ppl
-        if finder is not None and self.evaluator is not None:
-            name = self.evaluator.label
-            model = self._load(self.evaluator)
-            short, _ = self._score(model, f"{name}, short", finder.window, finder.stride, "new")
-            for length in sorted({length for _, length in missing}):
-                scored[name, length] = self._score_at(model, name, length)
-                keys[length] = finder.mask(scored[name, length][0].token_losses, short.token_losses)
-            del model
-        for source in self.sources:
-            model = None
-            for length in (length for label, length in missing if label == source.label):
-                found = scored.pop((source.label, length), None)
-                if found is None:
-                    model = self._load(source) if model is None else model
-                    found = self._score_at(model, source.label, length)
-                scores, seconds = found
-                key = keys.get(length)
-                yield self._row(source, length, scores, seconds, key), scores.token_losses, key
+    def settings(self, source: ModelSource, cell: Cell) -> dict[str, Any]:
+        return {
+            **cell,
+            "data": self.corpora[source.label].digest,
+            "score": self.options.score,
+            "contexts": [self.contexts.base, self.contexts.target],
+            "stride": self.options.stride_for(cell["length"]),
+            "edges": self._edges(cell["length"]),
+        }
 
-    def _load(self, source: ModelSource) -> Any:
-        return source.load(self.processes.device, self.dtype)
+    def can_keep(self, settings: str) -> bool:
+        return self.tokens is None or settings in self.tokens.settings()
 
-    def _score_at(self, model: Any, label: str, length: int) -> tuple[Scores, float]:
-        stride = self.measurement.stride_for(length)
-        return self._score(model, f"{label}, {length}", length, stride, self.measurement.score)
-
-    def _score(
-        self, model: Any, what: str, length: int, stride: int, score: ScoreMode
-    ) -> tuple[Scores, float]:
-        started = time.perf_counter()
+    def measure(self, model: LoadedModel, cell: Cell, progress: Callable[[int, int], None]) -> Row:
+        length, corpus = cell["length"], self.corpora[model.source.label]
+        model.check_ids(corpus.largest_id)
         scores = score_documents(
-            model,
-            self.corpus.documents,
+            model.model,
+            corpus.documents,
             length=length,
-            stride=stride,
-            score=score,
+            stride=self.options.stride_for(length),
+            score=self.options.score,
             edges=self._edges(length),
-            batch_size=self.measurement.batch_size,
-            device=self.processes.device,
+            batch_size=self.options.batch_size,
+            device=model.device,
             rank=self.processes.rank,
             processes=self.processes.count,
             gather=self.processes.gather,
-            on_progress=lambda tokens, total: self.on_progress(what, tokens, total),
+            on_progress=progress,
         )
-        return scores, time.perf_counter() - started
+        self._losses = scores.token_losses
+        if not math.isfinite(scores.perplexity):
+            self.note(f"{model.source.label} at {length}: the loss is not finite ({model.dtype})")
+        return self._figures(scores, corpus, length)
 
-    def _row(
-        self,
-        source: ModelSource,
-        length: int,
-        scores: Scores,
-        seconds: float,
-        key: NDArray[np.bool_] | None,
-    ) -> Row:
+    def finished(self, row: Row) -> None:
+        if self.tokens is not None:
+            self.tokens.add(row, self._losses)
+
+    def _figures(self, scores: Scores, corpus: Corpus, length: int) -> Row:
         interval = scores.interval()
-        perplexity = scores.perplexity
-        if not math.isfinite(perplexity):
-            self.on_note(f"{source.label} at {length}: the loss is not finite ({self.dtype})")
-        row: Row = {
-            "model": source.label,
-            "length": length,
-            "perplexity": perplexity if math.isfinite(perplexity) else None,
-            "nll": scores.mean_loss if math.isfinite(perplexity) else None,
+        finite = math.isfinite(scores.perplexity)
+        tokens = sum(max(0, count - 1) for count in corpus.lengths)
+        text_bytes = sum(len(text.encode()) for text in corpus.texts)
+        characters = sum(map(len, corpus.texts))
+        return {
+            "perplexity": scores.perplexity if finite else None,
+            "nll": scores.mean_loss if finite else None,
+            "bits_per_byte": scores.mean_loss * tokens / text_bytes / math.log(2)
+            if finite
+            else None,
+            "nll_per_character": scores.mean_loss * tokens / characters if finite else None,
             "ci95": None if interval is None else [interval.low, interval.high],
             "ci_over": None if interval is None else interval.over,
             "tokens": int(scores.tokens.sum()),
             "windows": len(scores.windows),
-            "documents": len(self.corpus.documents),
-            "score": self.measurement.score,
-            "stride": self.measurement.stride_for(length),
+            "documents": len(corpus.documents),
+            "score": self.options.score,
+            "stride": self.options.stride_for(length),
             "buckets": scores.buckets(),
             "bucket_scored": "every token of every window, by how many tokens it had seen",
-        }
-        if key is not None and self.evaluator is not None:
-            row["long_ppl"] = {
-                **long_perplexity(scores.token_losses, key),
-                "evaluator": self.evaluator.label,
-                **dataclasses.asdict(self.measurement.long_ppl),  # type: ignore[arg-type]
-            }
-        return {
-            **row,
-            "data": self.corpus.name,
-            "data_digest": self.corpus.digest,
-            "weights": source.weights,
-            "adapter": None if source.adapter is None else str(source.adapter),
-            "rope_parameters": source.rope,
-            "base_context": self.contexts.original,
+            "data": corpus.name,
+            "data_digest": corpus.digest,
+            "base_context": self.contexts.base,
             "target_context": self.contexts.target,
-            "attention": "full",
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.processes.device,
-            "processes": self.processes.count,
-            "seconds": round(seconds, 3),
-            "settings": self.settings(source, length),
         }

@@ -1,78 +1,37 @@
-"""The models that a recipe names: its base, the base with the recipe's RoPE, and what it trained.
-
-A model is described first and loaded later, one at a time: descriptions are enough to find out
-which rows of a results file are still missing.
-"""
+"""The models of a recipe: its base, the base with the recipe's RoPE, and what it trained."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longlora_plugin.evaluation.loading import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ModelSource,
+    read_adapter_config,
+    weight_files,
+)
 from longlora_plugin.run.recipe import Recipe
 
 BASE, BASE_ROPE, ADAPTER, TRAINED, MERGED = "base", "base+rope", "adapter", "trained", "merged"
 LABELS = (BASE, BASE_ROPE, ADAPTER, TRAINED, MERGED)
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A model to load.
-
-    Attributes:
-        label: what results call it.
-        weights: folder or hub name of the weights.
-        config: transformers config to build it with.
-        adapter: folder of a PEFT adapter to put on it.
-        load_options: further options of `from_pretrained`.
-    """
-
-    label: str
-    weights: str
-    config: Any
-    adapter: Path | None = None
-    load_options: dict[str, Any] = field(default_factory=dict)
-
-    def load(self, device: Any, dtype: Any) -> Any:
-        """The model on `device`, in evaluation mode, with PyTorch's own attention (sdpa)."""
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(
-            self.weights,
-            config=copy.deepcopy(self.config),
-            dtype=dtype,
-            attn_implementation="sdpa",
-            **self.load_options,
-        )
-        if self.adapter is not None:
-            from peft import PeftModel
-
-            _match_vocabulary(model, self.adapter)
-            model = PeftModel.from_pretrained(model, str(self.adapter))
-        return model.to(device).eval()
-
-    @property
-    def rope(self) -> dict[str, Any]:
-        """The `rope_parameters` it runs with."""
-        return dict(getattr(self.config.get_text_config(), "rope_parameters", None) or {})
-
-    def identity(self) -> dict[str, Any]:
-        """What tells this model from another: weights, adapter and RoPE."""
-        return {
-            "weights": _fingerprint(self.weights, self.config),
-            "adapter": None if self.adapter is None else _fingerprint(str(self.adapter), None),
-            "rope": json.loads(json.dumps(self.rope, sort_keys=True, default=str)),
-        }
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+SCORE_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
 def model_sources(
-    recipe: Recipe, labels: Sequence[str] = (), *, adapter: str | Path | None = None
+    recipe: Recipe,
+    labels: Sequence[str] = (),
+    *,
+    adapter: str | Path | None = None,
+    unquantized: bool = False,
+    device_map: str | None = None,
 ) -> list[ModelSource]:
     """The models of a recipe.
 
@@ -81,53 +40,132 @@ def model_sources(
             `name=folder` for any other model or adapter; empty for all of the first four that
             exist. `base+rope` exists where the recipe's RoPE differs from the base model's.
         adapter: folder of the adapter instead of the recipe's output_dir.
+        unquantized: load the base in full precision whatever the recipe says.
+        device_map: of `from_pretrained`, instead of the recipe's.
 
     Raises:
-        ValueError: a model that is asked for does not exist.
+        ValueError: a model that is asked for does not exist, or predicts no next token.
     """
-    config = recipe.base_config()
-    extended = extended_config(recipe, config)
-    options: dict[str, Any] = {}
-    if recipe.raw.get("trust_remote_code") is True:
-        options["trust_remote_code"] = True
-    if recipe.raw.get("revision_of_model"):
-        options["revision"] = recipe.raw["revision_of_model"]
-
-    def base(label: str, with_config: Any, with_adapter: Path | None = None) -> ModelSource:
-        return ModelSource(label, recipe.base_model, with_config, with_adapter, options)
-
-    output = recipe.output_dir
-    adapter_folder = Path(adapter) if adapter is not None else output
-    found = {BASE: base(BASE, config)}
-    if rope_of(extended) != rope_of(config):
-        found[BASE_ROPE] = base(BASE_ROPE, extended)
-    if is_adapter(adapter_folder):
-        found[ADAPTER] = base(ADAPTER, extended, adapter_folder)
-    elif adapter is not None:
+    if recipe.raw.get("reward_model") or recipe.raw.get("process_reward_model"):
+        raise ValueError(
+            f"{recipe.path} trains a reward model: it scores a text and predicts no next token, so "
+            "it has no perplexity and answers nothing; evaluate the policy model's recipe"
+        )
+    found = _Found(
+        recipe,
+        Path(adapter).expanduser() if adapter is not None else recipe.output_dir,
+        {} if unquantized else _quantization(recipe.raw),
+        _load_options(recipe.raw, device_map),
+    )
+    models = found.by_label()
+    if adapter is not None and ADAPTER not in models:
         raise ValueError(
             f"--adapter {adapter} has no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}; give the folder "
             "that training wrote"
         )
-    if is_model(output) and not is_adapter(output):
-        found[TRAINED] = _own_config(TRAINED, output, options)
-
     if not labels:
-        return list(found.values())
-    if is_model(output / MERGED):
-        found[MERGED] = _own_config(MERGED, output / MERGED, options)
-    sources = []
-    for label in labels:
+        return list(models.values())
+    if is_model(recipe.output_dir / MERGED):
+        models[MERGED] = found.own_config(MERGED, recipe.output_dir / MERGED)
+    sources: list[ModelSource] = []
+    for label in dict.fromkeys(labels):
         name, separator, folder = label.partition("=")
         if separator:
-            if is_adapter(Path(folder)):
-                sources.append(base(name, extended, Path(folder)))
-            else:
-                sources.append(_own_config(name, folder, options))
-        elif label in found:
-            sources.append(found[label])
+            source = found.anywhere(name, Path(folder).expanduser())
+        elif label in models:
+            source = models[label]
         else:
-            raise ValueError(_missing(label, recipe, adapter_folder, found))
+            raise ValueError(_missing(label, recipe, found.adapter, models))
+        if any(source.label == other.label for other in sources):
+            raise ValueError(
+                f"two models are called {source.label!r} in --model; results are told apart by "
+                "name: write NAME=FOLDER with another name"
+            )
+        sources.append(source)
     return sources
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a recipe's models are built from."""
+
+    recipe: Recipe
+    adapter: Path
+    quantization: dict[str, Any]
+    options: dict[str, Any]
+
+    def by_label(self) -> dict[str, ModelSource]:
+        base_config = read_base_config(self.recipe)
+        extended = extended_config(self.recipe, base_config)
+        models = {BASE: self.base(BASE, base_config)}
+        if rope_of(extended) != rope_of(base_config):
+            models[BASE_ROPE] = self.base(BASE_ROPE, extended)
+        if is_adapter(self.adapter):
+            models[ADAPTER] = self.base(ADAPTER, extended, self.adapter)
+        output = self.recipe.output_dir
+        if is_model(output) and not is_adapter(output):
+            models[TRAINED] = self.own_config(TRAINED, output)
+        return models
+
+    def base(self, label: str, config: Any, adapter: Path | None = None) -> ModelSource:
+        """The recipe's base model, with an adapter or without."""
+        _refuse_score_head(label, config, adapter)
+        tokenizer = str(self.recipe.raw.get("tokenizer_config") or self.recipe.base_model)
+        return ModelSource(
+            label,
+            self.recipe.base_model,
+            config,
+            str(adapter) if adapter is not None and _has_tokenizer(adapter) else tokenizer,
+            adapter,
+            self.quantization,
+            self.options,
+        )
+
+    def anywhere(self, label: str, folder: Path) -> ModelSource:
+        """A model or an adapter that the user names."""
+        if is_adapter(folder):
+            extended = extended_config(self.recipe, read_base_config(self.recipe))
+            return self.base(label, extended, folder)
+        return self.own_config(label, folder)
+
+    def own_config(self, label: str, folder: Path) -> ModelSource:
+        """A whole model, as it was saved."""
+        from transformers import AutoConfig
+
+        options = {name: value for name, value in self.options.items() if name != "revision"}
+        try:
+            config = AutoConfig.from_pretrained(
+                str(folder), trust_remote_code=options.get("trust_remote_code", False)
+            )
+        except OSError:
+            raise ValueError(
+                f"model {label}: {folder} is neither a model folder nor an adapter folder"
+            ) from None
+        _refuse_score_head(label, config, None)
+        tokenizer = self.recipe.raw.get("tokenizer_config") or self.recipe.base_model
+        if _has_tokenizer(folder) or not folder.is_dir():
+            tokenizer = folder
+        return ModelSource(label, str(folder), config, str(tokenizer), load_options=options)
+
+
+def read_base_config(recipe: Recipe) -> Any:
+    """The base model's config.
+
+    Raises:
+        ValueError: it cannot be read; says what to write.
+    """
+    name = recipe.base_model
+    if name.startswith("~"):
+        raise ValueError(
+            f"base_model: {name}: Axolotl does not expand ~; write {Path(name).expanduser()}"
+        )
+    try:
+        return recipe.base_config()
+    except OSError as error:
+        raise ValueError(
+            f"base_model: cannot read the config of {name!r}; write a folder that holds its "
+            f"config.json, or a name the Hugging Face hub (or its cache) has: {error}"
+        ) from None
 
 
 def rope_notes(sources: Sequence[ModelSource]) -> list[str]:
@@ -188,7 +226,7 @@ def is_adapter(folder: Path) -> bool:
 
 def is_model(folder: Path) -> bool:
     """Whether a folder holds a whole model."""
-    return (folder / "config.json").is_file() and any(_weight_files(folder))
+    return (folder / "config.json").is_file() and any(weight_files(folder))
 
 
 def choose_dtype(raw: dict[str, Any], device: Any) -> Any:
@@ -203,29 +241,49 @@ def choose_dtype(raw: dict[str, Any], device: Any) -> Any:
     return torch.float16 if raw.get("fp16") else torch.float32
 
 
-def load_tokenizer(recipe: Recipe) -> Any:
-    """The recipe's tokenizer."""
-    from transformers import AutoTokenizer
-
-    name = recipe.raw.get("tokenizer_config") or recipe.base_model
-    return AutoTokenizer.from_pretrained(
-        name, trust_remote_code=recipe.raw.get("trust_remote_code") is True
-    )
-
-
-def _own_config(label: str, folder: str | Path, options: dict[str, Any]) -> ModelSource:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            str(folder), trust_remote_code=options.get("trust_remote_code", False)
-        )
-    except OSError:
+def _refuse_score_head(label: str, config: Any, adapter: Path | None) -> None:
+    what = [str(name) for name in getattr(config, "architectures", None) or []]
+    kind = next((name for name in what if name.endswith(SCORE_HEADS)), None)
+    if adapter is not None:
+        task = read_adapter_config(adapter).get("task_type")
+        kind = kind or (task if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None)
+    if kind:
         raise ValueError(
-            f"model {label}: {folder} is neither a model folder nor an adapter folder"
-        ) from None
-    own = {name: value for name, value in options.items() if name != "revision"}
-    return ModelSource(label, str(folder), config, None, own)
+            f"model {label} is no language model ({kind}): it scores a text, such as a reward "
+            "model does, and predicts no next token; leave it out, or name a causal language model"
+        )
+
+
+def _quantization(raw: dict[str, Any]) -> dict[str, Any]:
+    """How Axolotl quantizes the base of this recipe, as options of `BitsAndBytesConfig`."""
+    if not raw.get("adapter"):
+        return {}
+    if raw.get("load_in_4bit"):
+        options = {
+            "load_in_4bit": True,
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_quant_type": "nf4",
+        }
+        return options | (raw.get("bnb_config_kwargs") or {})
+    return {"load_in_8bit": True} if raw.get("load_in_8bit") else {}
+
+
+def _load_options(raw: dict[str, Any], device_map: str | None) -> dict[str, Any]:
+    import torch
+
+    options: dict[str, Any] = {}
+    if raw.get("trust_remote_code") is True:
+        options["trust_remote_code"] = True
+    if raw.get("revision_of_model"):
+        options["revision"] = raw["revision_of_model"]
+    several = torch.cuda.device_count() > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if device_map := device_map or raw.get("device_map") or ("auto" if several else None):
+        options["device_map"] = device_map
+    return options
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _missing(
@@ -244,36 +302,3 @@ def _missing(
         f"unknown model {label!r}; here: {', '.join(found)}; another one is written NAME=FOLDER, "
         f"for example {Path(label).name or 'mine'}={label}"
     )
-
-
-def _match_vocabulary(model: Any, adapter: Path) -> None:
-    """Give the base as many embedding rows as the adapter's trained copy has, if it has one.
-
-    Training with new special tokens enlarges the embedding; stock PEFT then refuses the base.
-    """
-    from safetensors import safe_open
-
-    with safe_open(str(adapter / ADAPTER_WEIGHTS), framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-            if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight")):
-                rows = tensors.get_slice(name).get_shape()[0]
-                if rows != model.get_input_embeddings().weight.shape[0]:
-                    model.resize_token_embeddings(rows, mean_resizing=False)
-                return
-
-
-def _weight_files(folder: Path) -> Iterable[Path]:
-    for pattern in ("*.safetensors", "*.bin", "*.gguf"):
-        yield from sorted(folder.glob(pattern))
-
-
-def _fingerprint(name: str, config: Any) -> str:
-    """Of a folder: its files of weights, by size and time; of a hub model: name and commit."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return f"{name}@{getattr(config, '_commit_hash', None)}"
-    sha = hashlib.sha256()
-    for file in _weight_files(folder):
-        status = file.stat()
-        sha.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return sha.hexdigest()[:16]

@@ -1,18 +1,19 @@
 """A JSON file of result rows that a killed run can go on with.
 
 Each row carries `settings`, a digest of everything that decides its figures: weights, RoPE, data,
-lengths, options. A row whose settings are asked for again is taken from the file.
+lengths, options. A row whose settings are asked for again is taken from the file. Rows that nobody
+asks for stay; a row is replaced only by the answer to the same question.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from longlora_plugin.checkpoints.files import write_text
 
 Row = dict[str, Any]
 
@@ -23,39 +24,55 @@ def settings_digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_rows(path: str | Path | None) -> dict[str, Row]:
-    """Rows of an earlier run by their settings; none where there is no file.
+def as_json(content: Any) -> str:
+    """Any result as text, the way every command writes it."""
+    return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+
+
+class ResultFile:
+    """The rows of a file, earlier and new ones.
+
+    Args:
+        path: None to keep nothing.
 
     Raises:
         ValueError: the file is something else and would be lost.
     """
-    if path is None or not Path(path).exists() or not Path(path).stat().st_size:
-        return {}
+
+    def __init__(self, path: str | Path | None) -> None:
+        self._path = None if path is None else Path(path)
+        self._earlier = [] if self._path is None else _read_rows(self._path)
+
+    def by_settings(self) -> dict[str, Row]:
+        """Earlier rows by their settings."""
+        return {row["settings"]: row for row in self._earlier if "settings" in row}
+
+    def save(self, rows: Iterable[Row], question: Sequence[str]) -> None:
+        """Write earlier rows and these.
+
+        Args:
+            question: keys of a row that say what was asked: an earlier row that agrees with a new
+                one in all of them is its older answer, and is replaced.
+        """
+        if self._path is None:
+            return
+        new = list(rows)
+        answered = {_values(row, question) for row in new}
+        kept = [row for row in self._earlier if _values(row, question) not in answered]
+        write_text(self._path, as_json([*kept, *new]))
+
+
+def _values(row: Row, keys: Sequence[str]) -> str:
+    return json.dumps([row.get(key) for key in keys], default=str)
+
+
+def _read_rows(path: Path) -> list[Row]:
+    if not path.is_file() or not path.stat().st_size:
+        return []
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} exists and is not a file of results: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} exists and is not a list of result rows; write to another file")
-    return {row["settings"]: row for row in rows if "settings" in row}
-
-
-def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write rows so that the file is complete at every moment."""
-    text = json.dumps(list(rows), indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, text.encode())
-
-
-def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file that is never seen half written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    return rows

@@ -4,8 +4,7 @@ Tensors, all over the T scored tokens (each document's tokens but its first, in 
 
 - `token_id` int32 [T], `document` int32 [T], `position` int32 [T] (in the document);
 - `<model>/<length>/nll` float32 [T]: loss in nats where the token was new; NaN where no window
-  scored it;
-- `<model>/<length>/key` uint8 [T]: 1 for LongPPL's key tokens, where they were asked for.
+  scored it.
 
 The file's metadata give `data`, `data_digest`, and the settings of each row in the JSON file.
 """
@@ -19,15 +18,16 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from longlora_plugin.checkpoints.files import whole_file
 from longlora_plugin.evaluation.data import Corpus
-from longlora_plugin.evaluation.results import Row, write_whole
+from longlora_plugin.evaluation.results import Row
 
 
 class TokenFile:
     """The file at `path`; what it already holds for the same corpus is kept."""
 
     def __init__(self, path: str | Path, corpus: Corpus) -> None:
-        self._path = Path(path)
+        self._path = Path(path).expanduser()
         documents = [document for document in corpus.documents if len(document) > 1]
         self._tensors: dict[str, NDArray[np.generic]] = {
             "token_id": np.concatenate([document[1:] for document in documents]),
@@ -57,12 +57,11 @@ class TokenFile:
         """Settings of the rows whose tokens it holds."""
         return {value for name, value in self._metadata.items() if "/" in name}
 
-    def add(self, row: Row, losses: NDArray[np.float32], key: NDArray[np.bool_] | None) -> None:
-        """Add the token losses [T], and key tokens [T], of one row, and write the file."""
+    def add(self, row: Row, losses: NDArray[np.float32]) -> None:
+        """Add the token losses [T] of one row, and write the file."""
         name = f"{row['model']}/{row['length']}"
         self._tensors[f"{name}/nll"] = losses
-        self._tensors.pop(f"{name}/key", None)
-        if key is not None:
-            self._tensors[f"{name}/key"] = key.astype(np.uint8)
         self._metadata[name] = row["settings"]
-        write_whole(self._path, save(self._tensors, metadata=self._metadata))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(self._path) as partial:
+            partial.write_bytes(save(self._tensors, metadata=self._metadata))

@@ -1,0 +1,109 @@
+"""What `eval`, `passkey` and `bench` share: the recipe's models, several processes, the rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longlora_plugin.cli.output import Output
+
+if TYPE_CHECKING:
+    from longlora_plugin.evaluation.loading import ModelSource
+    from longlora_plugin.evaluation.options import Files, ModelChoice
+    from longlora_plugin.evaluation.processes import Processes
+    from longlora_plugin.evaluation.results import Row
+    from longlora_plugin.evaluation.sweep import Experiment
+    from longlora_plugin.run.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """One command's run over the models of a recipe."""
+
+    recipe: Recipe
+    sources: list[ModelSource]
+    processes: Processes
+    out: Output
+
+    @classmethod
+    def start(cls, path: Path, choice: ModelChoice, files: Files) -> Measuring:
+        """Read the recipe, find its models, and try the files.
+
+        Raises:
+            ValueError: something is wrong with one of them.
+        """
+        from transformers.utils import logging
+
+        from longlora_plugin.evaluation.models import model_sources, rope_notes
+        from longlora_plugin.evaluation.processes import Processes
+        from longlora_plugin.run.recipe import read_recipe
+
+        recipe = read_recipe(path)
+        processes = Processes.here()
+        out = Output(files.json, files.plot, quiet=not processes.main)
+        labels = [
+            part
+            for given in choice.models
+            for part in ([given] if "=" in given else given.split(","))
+        ]
+        sources = model_sources(
+            recipe,
+            labels,
+            adapter=choice.adapter,
+            unquantized=choice.unquantized,
+            device_map=choice.device_map,
+        )
+        logging.disable_progress_bar()
+        for note in rope_notes(sources):
+            out.note(note)
+        return cls(recipe, sources, processes, out)
+
+    @cached_property
+    def base_context(self) -> int:
+        """Tokens that the base model handles as it is."""
+        from longlora_plugin.evaluation.models import base_context, read_base_config
+
+        return base_context(self.recipe, read_base_config(self.recipe))
+
+    @cached_property
+    def tokenizers(self) -> dict[str, Any]:
+        """The tokenizer of each model, by label; equal ones are one object."""
+        from longlora_plugin.evaluation.loading import same_tokenizer
+
+        found: dict[str, Any] = {}
+        for source in self.sources:
+            own = source.load_tokenizer()
+            found[source.label] = next(
+                (other for other in found.values() if same_tokenizer(other, own)), own
+            )
+        return found
+
+    @property
+    def has_one_tokenizer(self) -> bool:
+        return len({id(tokenizer) for tokenizer in self.tokenizers.values()}) == 1
+
+    def default_lengths(self) -> tuple[int, ...]:
+        """The base model's context, its doublings, and the recipe's sequence_len."""
+        from longlora_plugin.evaluation.windows import default_lengths
+
+        return tuple(default_lengths(self.base_context, self.recipe.sequence_len))
+
+    def sweep(self, experiment: Experiment) -> list[Row]:
+        """All rows of an experiment; with `--json -` they are printed."""
+        from longlora_plugin.evaluation.models import choose_dtype
+        from longlora_plugin.evaluation.sweep import Listener, sweep
+
+        with self.out.progress() as progress:
+            rows = sweep(
+                experiment,
+                self.sources,
+                dtype=choose_dtype(self.recipe.raw, self.processes.device),
+                processes=self.processes,
+                json_path=self.out.json_file,
+                listener=Listener(self.out.note, progress),
+            )
+        if self.out.is_piped:
+            self.out.write_json(rows)
+        return rows

@@ -1,0 +1,114 @@
+"""One way to print and to write `--json`, for every command.
+
+Tables go to standard output, notes and progress to standard error; with `--json -` standard output
+is the JSON alone. Files are tried before the work starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+STANDARD_OUTPUT = "-"
+
+
+class Output:
+    """Where one command prints and writes.
+
+    Args:
+        json_path: `--json`; None for no file, `-` for standard output.
+        plot: `--plot`.
+        quiet: print nothing, as all but one of several processes do.
+
+    Raises:
+        ValueError: a file cannot be written.
+    """
+
+    def __init__(
+        self, json_path: str | None = None, plot: str | None = None, *, quiet: bool = False
+    ) -> None:
+        from rich.console import Console
+
+        from longlora_plugin.checkpoints.files import check_writable
+
+        self.json_path, self.plot, self.quiet = _expanded(json_path), _expanded(plot), quiet
+        for path in (self.json_path, self.plot):
+            if path and path != STANDARD_OUTPUT and not quiet:
+                check_writable(Path(path))
+        self.errors = Console(stderr=True, quiet=quiet)
+        self.console = self.errors if self.is_piped else Console(quiet=quiet)
+
+    @property
+    def is_piped(self) -> bool:
+        """Whether standard output is for the JSON."""
+        return self.json_path == STANDARD_OUTPUT
+
+    @property
+    def json_file(self) -> str | None:
+        """The file of rows, where there is one."""
+        return None if self.is_piped else self.json_path
+
+    def print(self, *what: Any, **options: Any) -> None:
+        """Print text or tables for people."""
+        self.console.print(*what, **({"highlight": False, "soft_wrap": True} | options))
+
+    def table(self, table: Any) -> None:
+        """Print a table."""
+        self.console.print(table)
+
+    def note(self, text: str) -> None:
+        """Tell what a user should know, on standard error."""
+        self.errors.print(f"note: {text}", highlight=False, markup=False)
+
+    def write_json(self, content: Any, what: str = "figures") -> None:
+        """Write a whole result to `--json`, if that was asked for."""
+        from longlora_plugin.checkpoints.files import write_text
+        from longlora_plugin.evaluation.results import as_json
+
+        if self.json_path is None or self.quiet:
+            return
+        if self.is_piped:
+            print(as_json(content), end="", flush=True)
+            return
+        write_text(Path(self.json_path), as_json(content))
+        self.wrote(what, self.json_path)
+
+    def wrote(self, what: str, path: str | Path | None) -> None:
+        """Say where a result is."""
+        if path:
+            self.print(f"{what}: {path}", markup=False)
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
+        """A bar for each thing in progress; call the result with (what, just done, in all)."""
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.errors, transient=True) as progress:
+            tasks: dict[str, Any] = {}
+
+            def advance(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    for finished in tasks.values():
+                        progress.update(finished, visible=False)
+                    tasks[what] = progress.add_task(what, total=total)
+                progress.advance(tasks[what], done)
+
+            yield advance
+
+
+def _expanded(path: str | None) -> str | None:
+    return path if path is None or path == STANDARD_OUTPUT else str(Path(path).expanduser())

@@ -1,0 +1,195 @@
+"""Pictures of results: perplexity by position, passkey by length and depth, scores by length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from longlora_plugin.evaluation.results import Row
+from longlora_plugin.evaluation.tables import (
+    DARKEST,
+    LIGHTEST,
+    accuracy,
+    depth_label,
+    labels_of,
+    lengths_of,
+    tokens_label,
+)
+
+COLORS = ("#4a5568", "#dd8452", "#2b6cb0", "#2f855a", "#805ad5", "#b83280")
+"""Line colours in the order of models: base, base+rope, what was trained, others."""
+
+PLOT_DPI = 160
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure that needs no screen, and its axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    from matplotlib import pyplot
+
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=PLOT_DPI)
+    pyplot.close(figure)
+
+
+def _finish_lines(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.grid(axis="y", color="#e2e8f0", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, loc="best")
+
+
+def _line(axes: Any, label: str, index: int, points: Sequence[tuple[float, float]]) -> None:
+    axes.plot(
+        [x for x, _ in points],
+        [y for _, y in points],
+        color=COLORS[index % len(COLORS)],
+        linewidth=2,
+        marker="o",
+        markersize=4.5,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        label=label,
+    )
+
+
+def plot_positions(rows: Sequence[Row], path: str | Path, *, title: str | None = None) -> None:
+    """Draw perplexity by position at the longest length, one line a model, as a PNG.
+
+    Buckets are drawn at their geometric middle; the base model's context is marked.
+    """
+    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+    figure, axes = _figure(8, 4.6)
+    longest = [row for row in rows if row["length"] == lengths_of(rows)[-1]]
+    first = longest[0]
+    axes.axvspan(first["base_context"], first["length"], color="#f7f3e8", zorder=0)
+    axes.axvline(first["base_context"], color="#a08c5b", linewidth=1.2, linestyle=(0, (4, 3)))
+    values = []
+    for index, row in enumerate(longest):
+        points = [(_middle(b), b["perplexity"]) for b in row["buckets"] if b["perplexity"]]
+        values += [perplexity for _, perplexity in points]
+        _line(axes, row["model"], index, points)
+    axes.set_xscale("log", base=2)
+    left = min(_middle(bucket) for bucket in first["buckets"]) / 1.15
+    axes.set_xlim(left, first["length"] * 1.02)
+    # Where a model falls apart beyond its context, a linear scale would flatten all the others.
+    if values and max(values) > 4 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks = sorted({e for b in first["buckets"] for e in (b["from"], b["to"]) if e >= left})
+    doubled = [edge for edge in ticks if _is_doubling(edge, first["length"])]
+    axes.set_xticks(sorted({*doubled, first["base_context"], first["length"]}))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_label(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.annotate(
+        " base model's context",
+        (first["base_context"], 0.985),
+        xycoords=("data", "axes fraction"),
+        va="top",
+        fontsize=9,
+        color="#7a6a42",
+    )
+    axes.set_xlabel("tokens seen before the predicted one")
+    axes.set_ylabel("perplexity")
+    _finish_lines(axes, title or f"Perplexity by position, windows of {first['length']} tokens")
+    _save(figure, path)
+
+
+def plot_heat_map(
+    rows: Sequence[Row],
+    path: str | Path,
+    *,
+    base_context: int | None = None,
+    target_context: int | None = None,
+) -> None:
+    """Draw depth × length heat maps, one for each model, as a PNG.
+
+    Lines mark where a column lies beyond the base model's context and beyond the trained one.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.colors import LinearSegmentedColormap
+
+    labels = labels_of(rows)
+    lengths = lengths_of(rows)
+    depths = list(dict.fromkeys(row["depth"] for row in rows))
+    shades = [tuple(channel / 255 for channel in shade) for shade in (LIGHTEST, DARKEST)]
+    colors = LinearSegmentedColormap.from_list("accuracy", shades)
+    figure, axes = pyplot.subplots(
+        1,
+        len(labels),
+        figsize=(1.6 + len(labels) * (1.0 + 0.62 * len(lengths)), 1.3 + 0.42 * len(depths)),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
+    )
+    image = None
+    for place, label in zip(axes.flat, labels, strict=True):
+        group = [row for row in rows if row["model"] == label]
+        grid = [[accuracy(group, length, depth) for length in lengths] for depth in depths]
+        image = place.imshow(grid, cmap=colors, vmin=0, vmax=1, aspect="auto")
+        _write_cells(place, grid)
+        for context, style in ((base_context, (0, (3, 2))), (target_context, "solid")):
+            beyond = [i for i, length in enumerate(lengths) if context and length > context]
+            if beyond and beyond[0] > 0:
+                place.axvline(beyond[0] - 0.5, color="#c05621", linewidth=1.6, linestyle=style)
+        place.set_xticks(range(len(lengths)), [tokens_label(length) for length in lengths])
+        place.set_yticks(range(len(depths)), [depth_label(depth) for depth in depths])
+        place.set_title(label, loc="left", fontsize=10)
+        place.set_xlabel("tokens")
+    axes[0, 0].set_ylabel("depth")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="accuracy", format=lambda v, _: f"{v:.0%}")
+    marks = []
+    if base_context and lengths[-1] > base_context > lengths[0] - 1:
+        marks.append(f"dashed: the base model's context, {tokens_label(base_context)}")
+    if target_context and lengths[-1] > target_context > lengths[0] - 1:
+        marks.append(f"solid: the trained one, {tokens_label(target_context)}")
+    figure.suptitle("Passkey retrieval", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    if marks:
+        figure.supxlabel("; ".join(marks), fontsize=8, color="#c05621", x=0.01, ha="left")
+    _save(figure, path)
+
+
+def _write_cells(place: Any, grid: Sequence[Sequence[float]]) -> None:
+    """Percentages in the cells of a heat map, white lines between them, and no frame."""
+    for row, line in enumerate(grid):
+        for column, value in enumerate(line):
+            if value == value:  # a cell without a row is NaN
+                color = "white" if value > 0.55 else "#3b3b3b"
+                place.text(
+                    column, row, f"{value:.0%}", ha="center", va="center", fontsize=8, color=color
+                )
+    place.set_xticks([i - 0.5 for i in range(1, len(grid[0]))], minor=True)
+    place.set_yticks([i - 0.5 for i in range(1, len(grid))], minor=True)
+    place.grid(which="minor", color="white", linewidth=1.5)
+    place.tick_params(which="both", length=0)
+    for spine in place.spines.values():
+        spine.set_visible(False)
+
+
+def _middle(bucket: dict[str, Any]) -> float:
+    return (
+        float(max(1, bucket["from"]) * bucket["to"]) ** 0.5
+        if bucket["from"]
+        else (bucket["to"] / 2)
+    )
+
+
+def _is_doubling(edge: int, length: int) -> bool:
+    return edge > 0 and (length / edge).is_integer() and (length // edge).bit_count() == 1

@@ -1,0 +1,150 @@
+"""One loop for `eval`, `passkey` and `bench`: every model, every cell, one row each.
+
+A command says what its cells are and how one is measured; the loop finds out which rows a results
+file has already, loads each model once and only where a row is missing, and writes the file after
+every row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from longlora_plugin.evaluation.loading import LoadedModel, ModelSource
+from longlora_plugin.evaluation.processes import Processes
+from longlora_plugin.evaluation.results import ResultFile, Row, settings_digest
+
+Cell = Mapping[str, Any]
+"""What tells one row of a model from another, for example its length."""
+
+
+class Experiment:
+    """What is measured of every model.
+
+    Attributes:
+        question: keys of a row, in addition to the model and the cell, that say what was asked.
+    """
+
+    question: Sequence[str] = ()
+
+    def cells(self, source: ModelSource) -> list[Cell]:
+        """The cells of one model."""
+        raise NotImplementedError
+
+    def settings(self, source: ModelSource, cell: Cell) -> dict[str, Any]:
+        """Everything that decides a row's figures but the model and where it runs."""
+        raise NotImplementedError
+
+    def measure(self, model: LoadedModel, cell: Cell, progress: Callable[[int, int], None]) -> Row:
+        """The figures of one cell.
+
+        Args:
+            progress: told the amount just done, and the amount in all.
+        """
+        raise NotImplementedError
+
+    def can_keep(self, settings: str) -> bool:
+        """Whether a row of an earlier run with these settings is enough."""
+        return True
+
+    def finished(self, row: Row) -> None:
+        """Called with each new row, on the main process."""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told what happens: `note` what a user should know, `progress` (what, done, total)."""
+
+    note: Callable[[str], None] = field(default=lambda note: None)
+    progress: Callable[[str, int, int], None] = field(default=lambda what, done, total: None)
+
+
+def sweep(
+    experiment: Experiment,
+    sources: Sequence[ModelSource],
+    *,
+    dtype: Any,
+    processes: Processes,
+    json_path: str | None = None,
+    listener: Listener | None = None,
+) -> list[Row]:
+    """Measure every cell of every model.
+
+    Args:
+        dtype: torch dtype to compute in.
+        json_path: file of rows; None to keep nothing.
+
+    Raises:
+        ValueError: the file is something else and would be lost.
+    """
+    listener = listener or Listener()
+    file = ResultFile(json_path) if processes.main else ResultFile(None)
+    earlier = processes.from_main(
+        {settings: row for settings, row in file.by_settings().items() if
+         experiment.can_keep(settings)}
+    )  # fmt: skip
+    where = {"dtype": str(dtype), "device": processes.device.partition(":")[0]}
+    wanted: list[tuple[ModelSource, Cell, str]] = []
+    for source in sources:
+        identity = {**source.identity(), **where, "model": source.label}
+        wanted += [
+            (source, cell, settings_digest({**identity, **experiment.settings(source, cell)}))
+            for cell in experiment.cells(source)
+        ]
+    rows: list[Row | None] = [earlier.get(settings) for _, _, settings in wanted]
+    if found := sum(row is not None for row in rows):
+        listener.note(f"{found} of {len(rows)} rows were already in {json_path}")
+
+    def finished() -> list[Row]:
+        return [row for row in rows if row is not None]
+
+    model: LoadedModel | None = None
+    for index, (source, cell, settings) in enumerate(wanted):
+        if rows[index] is not None:
+            continue
+        if model is None or model.source is not source:
+            model = None  # the last one's memory is free before the next one loads
+            model = source.load(processes.device, dtype)
+        row = _row(experiment, model, cell, settings, processes, listener)
+        rows[index] = row
+        if processes.main:
+            experiment.finished(row)
+            file.save(finished(), _question(experiment, wanted))
+    if processes.main:
+        file.save(finished(), _question(experiment, wanted))
+    return finished()
+
+
+def _question(experiment: Experiment, wanted: Sequence[tuple[ModelSource, Cell, str]]) -> list[str]:
+    cell = wanted[0][1] if wanted else {}
+    return ["model", *cell, "weights", "adapter", *experiment.question]
+
+
+def _row(
+    experiment: Experiment,
+    model: LoadedModel,
+    cell: Cell,
+    settings: str,
+    processes: Processes,
+    listener: Listener,
+) -> Row:
+    source = model.source
+    what = ", ".join(map(str, (source.label, *cell.values())))
+    started = time.perf_counter()
+    figures = experiment.measure(
+        model, cell, lambda done, total: listener.progress(what, done, total)
+    )
+    return {
+        "model": source.label,
+        **cell,
+        **figures,
+        **source.description(),
+        "attention": "full",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": processes.device,
+        "processes": processes.count,
+        "seconds": round(time.perf_counter() - started, 3),
+        "settings": settings,
+    }
