@@ -31,16 +31,28 @@ def windows():
     return torch.randint(3, 250, (3, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def extended(base, seed=0):
+TARGETS = ["q_proj", "v_proj"]
+
+
+class AtStep:
+    def __init__(self, step):
+        self.global_step = step
+
+
+def with_linear_rope(base):
     config = LlamaConfig.from_pretrained(base)
     config.rope_parameters = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
     config.max_position_embeddings = LENGTH
-    model = LlamaForCausalLM.from_pretrained(base, config=config)
+    return LlamaForCausalLM.from_pretrained(base, config=config)
+
+
+def extended(base, seed=0):
+    model = with_linear_rope(base)
     torch.manual_seed(seed)
     lora = LoraConfig(
         r=2,
         lora_dropout=0.1,
-        target_modules=["q_proj", "v_proj"],
+        target_modules=TARGETS,
         modules_to_save=["embed_tokens", "norm"],
         ensure_weight_tying=True,
     )
@@ -136,6 +148,42 @@ def test_base_is_measured_with_its_own_rope_and_weights(base, windows, resumed):
     assert [parameter.requires_grad for parameter in model.parameters()] == trainable
     assert model.training
     assert torch.equal(own_losses(model, windows), before)
+
+
+@pytest.mark.parametrize(
+    "kind", ["pissa", "pissa_niter_4", "olora", "orthogonal", "gaussian", False]
+)
+def test_base_is_right_whatever_the_initialisation(base, windows, kind):
+    logged = []
+    model = get_peft_model(
+        with_linear_rope(base), LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=kind)
+    )
+    watch = callback(windows, logged, base_config=LlamaConfig.from_pretrained(base))
+    watch.on_train_begin(TrainingArguments(use_cpu=True), AtStep(0), None, model=model)
+    losses = own_losses(LlamaForCausalLM.from_pretrained(base), windows)
+    expected = losses[ORIGINAL // 2 : ORIGINAL].mean().exp().item()
+    assert logged == [{"long_context/base_perplexity_at_original": pytest.approx(expected, 1e-3)}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "continues", "reason"),
+    [
+        ("pissa", 10, False, "has been trained since"),
+        ("olora", 0, True, "has been trained since"),
+        ("loftq", 0, False, "loftq changes the base weights"),
+    ],
+)
+def test_base_that_cannot_be_had_is_not_shown_and_why(
+    base, windows, caplog, kind, step, continues, reason
+):
+    logged = []
+    model = get_peft_model(with_linear_rope(base), LoraConfig(r=4, target_modules=TARGETS))
+    model.peft_config["default"].init_lora_weights = kind
+    watch = callback(windows, logged, continues_adapter=continues)
+    watch.on_train_begin(TrainingArguments(use_cpu=True), AtStep(step), None, model=model)
+    assert logged == []
+    assert watch.base_perplexity is None
+    assert reason in caplog.text
 
 
 def test_resumed_full_fine_tune_is_not_compared_with_a_base_it_no_longer_has(base, windows):

@@ -15,11 +15,17 @@ from click.testing import CliRunner
 from evaluation_models import ORIGINAL, text_of, write_adapter, write_recipe, write_tiny_llama
 from peft import PeftModel
 from safetensors.numpy import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from longlora_plugin.cli import longlora
 from longlora_plugin.evaluation import lengths
-from longlora_plugin.evaluation.models import ModelSource, model_sources
+from longlora_plugin.evaluation.loading import ModelSource
+from longlora_plugin.evaluation.models import model_sources
 from longlora_plugin.run.recipe import read_recipe
 
 TARGET = 4 * ORIGINAL
@@ -175,8 +181,8 @@ def test_full_fine_tune_is_evaluated_as_trained_with_its_own_config(work, tmp_pa
     ids = torch.arange(3, 90)[None]
     with torch.no_grad():
         torch.testing.assert_close(
-            trained.load("cpu", torch.float32)(ids).logits,
-            rope.load("cpu", torch.float32)(ids).logits,
+            trained.load("cpu", torch.float32).model(ids).logits,
+            rope.load("cpu", torch.float32).model(ids).logits,
         )
 
 
@@ -199,7 +205,7 @@ def test_adapter_with_added_tokens_loads(work, tmp_path):
     write_adapter(tmp_path / "larger", tmp_path / "out")
     recipe = write_recipe(tmp_path / "r.yml", work / "base", tmp_path / "out")
     source = model_sources(read_recipe(recipe), ["adapter"])[0]
-    model = source.load("cpu", torch.float32)
+    model = source.load("cpu", torch.float32).model
     assert model.get_input_embeddings().weight.shape[0] == base.config.vocab_size
 
 
@@ -221,9 +227,9 @@ def test_second_run_keeps_rows_of_the_same_settings(work, monkeypatch):
     run(*arguments, "--lengths", "64,128", "--model", "base")
     first = json.loads(out.read_text())
     loads = []
-    stock = ModelSource.load
+    load = ModelSource.load
     monkeypatch.setattr(
-        ModelSource, "load", lambda self, *a: loads.append(self.label) or stock(self, *a)
+        ModelSource, "load", lambda self, *a: loads.append(self.label) or load(self, *a)
     )
     result = run(*arguments, "--lengths", "64,128", "--model", "base", "--model", "adapter")
     rows = json.loads(out.read_text())
@@ -232,8 +238,46 @@ def test_second_run_keeps_rows_of_the_same_settings(work, monkeypatch):
     assert loads == ["adapter"]
     assert "2 of 4 rows were already" in result.output
     run(*arguments, "--lengths", "64,128", "--model", "base", "--stride", 16)
-    assert [row["stride"] for row in json.loads(out.read_text())] == [16, 16]
+    assert json.loads(out.read_text())[:4] == rows
+    assert [row["stride"] for row in json.loads(out.read_text())[4:]] == [16, 16]
     assert loads == ["adapter", "base"]
+
+
+def test_rows_of_other_lengths_and_models_stay_in_the_file(work):
+    out = work / "kept.json"
+    arguments = [work / "recipe.yml", "--data", work / "data.txt", "--json", out]
+    run(*arguments, "--lengths", "64", "--model", "adapter")
+    run(*arguments, "--lengths", "128", "--model", "base")
+    rows = json.loads(out.read_text())
+    assert [(row["model"], row["length"]) for row in rows] == [("adapter", 64), ("base", 128)]
+
+
+def test_changed_lora_alpha_is_another_model(work, tmp_path):
+    output, out = tmp_path / "out", tmp_path / "rows.json"
+    shutil.copytree(work / "out", output)
+    recipe = write_recipe(tmp_path / "r.yml", work / "base", output)
+    arguments = [recipe, "--data", work / "data.txt", "--lengths", 64, "--model", "adapter",
+                 "--json", out]  # fmt: skip
+    run(*arguments)
+    (before,) = json.loads(out.read_text())
+    config = output / "adapter_config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "lora_alpha": 8 * content["lora_alpha"]}))
+    run(*arguments)
+    (after,) = json.loads(out.read_text())
+    assert abs(after["perplexity"] - before["perplexity"]) > 1e-3
+
+
+def test_changed_config_of_a_merged_model_is_another_model(work, tmp_path):
+    extended(work / "base").save_pretrained(tmp_path / "model")
+    out = tmp_path / "rows.json"
+    arguments = [work / "recipe.yml", "--data", work / "data.txt", "--lengths", 128, "--json", out,
+                 "--model", f"mine={tmp_path / 'model'}"]  # fmt: skip
+    run(*arguments)
+    config = tmp_path / "model" / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "rms_norm_eps": 0.5}))
+    assert "already" not in run(*arguments).output
 
 
 def test_killed_run_keeps_its_finished_rows(work, monkeypatch):
@@ -279,24 +323,16 @@ def test_retrained_adapter_is_measured_again(work, tmp_path):
     assert after["adapter"]["perplexity"] != before["adapter"]["perplexity"]
 
 
-def test_token_file_holds_every_loss_and_the_key_tokens(work, ids):
+def test_token_file_holds_every_loss(work, ids):
     out, tokens = work / "tokens.json", work / "tokens.safetensors"
     run(work / "recipe.yml", "--data", work / "data.txt", "--lengths", "64,256", "--json", out,
-        "--tokens", tokens, "--long-ppl", "--long-ppl-context", 16,
-        "--long-ppl-gain", 0.5, "--long-ppl-log-probability", -6)  # fmt: skip
+        "--tokens", tokens)  # fmt: skip
     tensors = load_file(tokens)
     assert tensors["token_id"].tolist() == ids[0, 1:].tolist()
     assert tensors["position"].tolist() == list(range(1, ids.shape[1]))
     for row in json.loads(out.read_text()):
         losses = tensors[f"{row['model']}/{row['length']}/nll"]
-        key = tensors[f"{row['model']}/{row['length']}/key"].astype(bool)
         assert math.exp(losses.astype(float).mean()) == pytest.approx(row["perplexity"], rel=1e-6)
-        measured = row["long_ppl"]
-        assert measured["evaluator"] == "adapter"
-        assert measured["key_tokens"] == key.sum() > 0
-        expected = math.exp(losses[key].astype(float).mean())
-        assert measured["perplexity"] == pytest.approx(expected, rel=1e-6)
-    assert np.array_equal(tensors["base/64/key"], tensors["adapter/64/key"])
 
 
 def test_lengths_beyond_the_documents_are_skipped_with_a_note_or_refused(work, ids):
@@ -331,13 +367,149 @@ def test_rows_of_all_lengths_score_the_same_tokens(work, tmp_path):
         (["--lengths", "64", "--model", "bsae"], "unknown model 'bsae'"),
         (["--lengths", "64", "--adapter", "nowhere"], "give the folder that training wrote"),
         (["--lengths", "64", "--model", "x=nowhere"], "neither a model folder nor"),
-        (["--lengths", "64", "--long-ppl", "--long-ppl-model", "x"], "is not among the models"),
+        (["--lengths", "64", "--model", "x=~/nowhere"], "neither a model folder nor"),
+        (["--lengths", "64", "--data", "~/nowhere.txt"], "no file or folder ~/nowhere.txt"),
+        (["--lengths", "64", "--json", "/proc/rows.json"], "cannot write /proc/rows.json"),
+        (["--lengths", "64", "--json", "/"], "cannot write /: it is a folder"),
+        (["--lengths", "64", "--plot", "/dev/null/x.png"], "cannot write /dev/null/x.png"),
     ],
 )
 def test_wrong_options_are_one_clear_error(work, options, message):
     output = refused(work / "recipe.yml", "--data", work / "data.txt", *options)
     assert message in " ".join(output.split())
     assert "Traceback" not in output
+
+
+def test_one_name_for_two_models_is_refused_and_a_name_given_twice_is_one(work):
+    arguments = [work / "recipe.yml", "--data", work / "data.txt", "--lengths", 64]
+    message = refused(*arguments, "--model", f"base={work / 'out'}", "--model", "base")
+    assert "two models are called 'base'" in " ".join(message.split())
+    out = work / "twice.json"
+    run(*arguments, "--model", "base,adapter", "--model", "base", "--json", out)
+    assert [row["model"] for row in json.loads(out.read_text())] == ["base", "adapter"]
+
+
+@pytest.mark.parametrize("base", ["~/models/none", "nobody/nothing", "/nowhere/at/all"])
+def test_unreachable_base_model_is_one_clear_error(work, tmp_path, base):
+    recipe = write_recipe(tmp_path / "r.yml", base, work / "out")
+    for command in ("eval", "passkey"):
+        result = CliRunner().invoke(longlora, [command, str(recipe), "--lengths", "64"])
+        assert result.exit_code == 1
+        assert isinstance(result.exception, SystemExit)
+        assert f"base_model: cannot read the config of '{base}'" in result.output or (
+            "Axolotl does not expand ~" in result.output
+        )
+
+
+def test_cut_off_adapter_config_is_one_clear_error(work, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(work / "out", output)
+    config = output / "adapter_config.json"
+    config.write_text(config.read_text()[:100])
+    recipe = write_recipe(tmp_path / "r.yml", work / "base", output)
+    message = refused(recipe, "--data", work / "data.txt", "--lengths", 64)
+    assert "adapter_config.json is not JSON" in " ".join(message.split())
+
+
+def test_reward_model_is_refused(work, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yml", work / "base", work / "out", reward_model=True)
+    assert "trains a reward model" in " ".join(refused(recipe, "--lengths", 64).split())
+    config = LlamaConfig.from_pretrained(work / "base")
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "reward")
+    message = refused(work / "recipe.yml", "--data", work / "data.txt", "--lengths", 64,
+                      "--model", f"mine={tmp_path / 'reward'}")  # fmt: skip
+    assert "is no language model" in " ".join(message.split())
+
+
+def test_reward_adapter_is_refused(work, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(work / "out", output)
+    config = output / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "task_type": "SEQ_CLS"}))
+    recipe = write_recipe(tmp_path / "r.yml", work / "base", output)
+    message = refused(recipe, "--data", work / "data.txt", "--lengths", 64)
+    assert "is no language model (SEQ_CLS)" in " ".join(message.split())
+
+
+def test_held_out_of_the_recipe_is_the_default_data(work, tmp_path):
+    recipe = write_recipe(
+        tmp_path / "r.yml",
+        work / "base",
+        work / "out",
+        longlora={"rope": "yarn", "held_out": str(work / "data.txt")},
+        test_datasets=[{"path": "elsewhere.txt"}],
+    )
+    out = tmp_path / "rows.json"
+    run(recipe, "--lengths", 64, "--model", "base", "--json", out)
+    assert json.loads(out.read_text())[0]["data"] == str(work / "data.txt")
+
+
+def test_json_on_standard_output_is_nothing_but_json(work):
+    result = run(work / "recipe.yml", "--data", work / "data.txt", "--lengths", 64, "--model",
+                 "base", "--json", "-")  # fmt: skip
+    assert [row["length"] for row in json.loads(result.stdout)] == [64]
+    assert "Perplexity by context length" in result.stderr
+
+
+def test_device_as_json_file_stays_a_device(work):
+    run(work / "recipe.yml", "--data", work / "data.txt", "--lengths", 64, "--model", "base",
+        "--json", "/dev/null")  # fmt: skip
+    assert not os.path.isfile("/dev/null")
+
+
+@pytest.fixture(scope="module")
+def with_added_tokens(work, tmp_path_factory):
+    """A run that added tokens for words of the text, and saved its tokenizer as Axolotl does."""
+    folder = tmp_path_factory.mktemp("added")
+    tokenizer = AutoTokenizer.from_pretrained(work / "base")
+    tokenizer.add_tokens(["boats", "bells", "under"])
+    base = LlamaForCausalLM.from_pretrained(work / "base")
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    base.save_pretrained(folder / "larger")
+    write_adapter(folder / "larger", folder / "out")
+    tokenizer.save_pretrained(folder / "out")
+    write_recipe(folder / "r.yml", work / "base", folder / "out")
+    return folder
+
+
+def test_tokens_that_the_run_added_are_read_as_one_by_its_adapter(work, with_added_tokens):
+    folder = with_added_tokens
+    out = folder / "rows.json"
+    result = run(folder / "r.yml", "--data", work / "data.txt", "--lengths", 64, "--json", out)
+    rows = {row["model"]: row for row in json.loads(out.read_text())}
+    text = (work / "data.txt").read_text()
+    models = {
+        "base": (work / "base", LlamaForCausalLM.from_pretrained(work / "base").eval()),
+        "adapter": (
+            folder / "out",
+            PeftModel.from_pretrained(extended(folder / "larger"), folder / "out").eval(),
+        ),
+    }
+    for name, (tokenizer, model) in models.items():
+        ids = torch.tensor([AutoTokenizer.from_pretrained(tokenizer)(text)["input_ids"]])
+        nats = math.log(own_perplexity(model, ids, 64, 32)) * (ids.shape[1] - 1)
+        assert rows[name]["tokens"] == ids.shape[1] - 1
+        assert rows[name]["nll_per_character"] == pytest.approx(nats / len(text), rel=1e-4)
+        bits = nats / math.log(2) / len(text.encode())
+        assert rows[name]["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
+        assert f"{bits:.4f}" in result.output
+    assert rows["adapter"]["tokens"] != rows["base"]["tokens"]
+    assert "Bits per byte" in result.output
+
+
+def test_token_file_of_two_tokenizers_is_refused(work, with_added_tokens):
+    message = refused(with_added_tokens / "r.yml", "--data", work / "data.txt", "--lengths", 64,
+                      "--tokens", with_added_tokens / "t.safetensors")  # fmt: skip
+    assert "the models have different tokenizers" in " ".join(message.split())
+
+
+def test_tokenizer_with_more_tokens_than_embeddings_is_refused(work, with_added_tokens, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(work / "out", output)
+    AutoTokenizer.from_pretrained(with_added_tokens / "out").save_pretrained(output)
+    recipe = write_recipe(tmp_path / "r.yml", work / "base", output)
+    message = refused(recipe, "--data", work / "data.txt", "--lengths", 64)
+    assert "the tokenizer is not the model's" in " ".join(message.split())
 
 
 def test_no_data_is_refused_and_test_datasets_are_the_default(work, tmp_path):

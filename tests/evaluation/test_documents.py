@@ -4,12 +4,20 @@ import json
 
 import pytest
 
-from longlora_plugin.evaluation.data import held_out_data, join, read_corpus, read_texts
+from longlora_plugin.evaluation.data import check_texts, held_out_data, read_corpus, read_texts
 
 
-def tokenizer(text, verbose=True):
-    """One token a character, after a start token."""
-    return {"input_ids": [1, *map(ord, text)]}
+class OneTokenACharacter:
+    """After a start token."""
+
+    def __call__(self, text, verbose=True):
+        return {"input_ids": [1, *map(ord, text)]}
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(map(chr, ids[1:]))
+
+
+tokenizer = OneTokenACharacter()
 
 
 @pytest.fixture
@@ -37,28 +45,33 @@ def test_folder_is_all_its_text_files_in_order(folder):
 def test_max_tokens_cuts_the_last_document(folder):
     assert read_corpus(folder, tokenizer, max_tokens=6).lengths == [4, 2]
     assert read_corpus(folder, tokenizer, max_tokens=4).lengths == [4]
+    assert read_corpus(folder, tokenizer, max_tokens=6).texts == ["one", "t"]
 
 
 def test_digest_tells_the_same_tokens_in_other_documents_apart(tmp_path):
     (tmp_path / "a.txt").write_text("abcd")
     whole = read_corpus(tmp_path / "a.txt", tokenizer)
-    halves = join([whole])
-    assert halves.digest == whole.digest
-    cut = type(whole)("cut", [whole.documents[0][:2], whole.documents[0][2:]])
+    again = read_corpus([tmp_path / "a.txt"], tokenizer)
+    assert again.digest == whole.digest
+    cut = type(whole)("cut", [whole.documents[0][:2], whole.documents[0][2:]], ["a", "bcd"])
     assert cut.digest != whole.digest
 
 
-def test_documents_too_short_for_a_length_are_left_out(folder):
-    assert read_corpus(folder, tokenizer).reaching(5).lengths == [7]
+def test_another_tokenizer_reads_the_same_text(folder):
+    corpus = read_corpus(folder, tokenizer, max_tokens=6)
+    words = corpus.tokenized_by(lambda text, verbose: {"input_ids": [len(text)]})
+    assert [tokens.tolist() for tokens in words.documents] == [[3], [1]]
+    assert words.texts == corpus.texts
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"instruction": "x", "output": "y"}', "line 1.*'text'.*instruction, output"),
-        ("a.jsonl", '{"text": "x"}\n{"text": 5}', "line 2.*no text in field 'text'"),
-        ("a.jsonl", "not json", "line 1: not JSON"),
-        ("a.jsonl", "[1]", "expected an object"),
+        ("a.jsonl", '{"instruction": "x", "output": "y"}', "row 1.*'text'.*instruction, output"),
+        ("a.jsonl", '{"text": 5}', "row 1.*no text in field 'text'"),
+        ("a.jsonl", '{"text": "x"}\n{"text": 5}', "row 2.*no text in field 'text'"),
+        ("a.jsonl", "not json", "a.jsonl cannot be read as json"),
+        ("a.jsonl", "[1]", "row 1.*no text in field 'text'"),
         ("a.txt", "", "holds no document"),
     ],
 )
@@ -77,7 +90,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 def test_missing_path_and_empty_folder_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no file or folder"):
         read_corpus(tmp_path / "nothing.txt", tokenizer)
-    with pytest.raises(ValueError, match=r"holds no \.txt"):
+    with pytest.raises(ValueError, match=r"holds no \.jsonl"):
         read_corpus(tmp_path, tokenizer)
 
 
@@ -115,5 +128,23 @@ def test_recipe_names_its_held_out_data():
         ]
     }
     assert held_out_data(raw) == (["a.jsonl", "folder"], "body")
+    assert held_out_data(raw, "books.txt") == (["books.txt"], "text")
     with pytest.raises(ValueError, match="Give --data"):
         held_out_data({})
+
+
+def test_home_folder_is_understood(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert list(read_texts("~/b.txt")) == ["a book"]
+    with pytest.raises(ValueError, match="no file or folder ~/nothing"):
+        list(read_texts("~/nothing"))
+
+
+def test_light_check_refuses_what_cannot_be_read_and_asks_no_hub(folder):
+    check_texts(folder)
+    check_texts("org/books")
+    with pytest.raises(ValueError, match="no file or folder"):
+        check_texts("missing.txt")
+    (folder / "a.jsonl").write_text('{"body": "x"}')
+    with pytest.raises(ValueError, match="no text in field 'text'"):
+        check_texts(folder / "a.jsonl")

@@ -21,15 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longlora_plugin.cli import longlora
 from longlora_plugin.evaluation import passkey
-from longlora_plugin.evaluation.needle_grid import wilson
-from longlora_plugin.evaluation.passkey import (
-    answer_trials,
-    answers_by_generating,
-    answers_by_likelihood,
-    build_trial,
-    candidate_likelihoods,
-    is_exactly,
-)
+from longlora_plugin.evaluation.passkey import answer_trials, build_trial, is_exactly, wilson
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +55,15 @@ class CopyModel(PreTrainedModel, GenerationMixin):
         super().__init__(CopyConfig(vocab_size=vocab_size))
         self.anchor = torch.nn.Parameter(torch.zeros(1))
         self.reach = reach
-        self.read = None
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         return {"input_ids": input_ids, "use_cache": False}
 
-    def forward(self, input_ids, attention_mask=None, past_key_values=None, **kwargs):
-        # By likelihood the prompt comes first and the candidates with its cache.
-        if past_key_values is not None:
-            prompt, input_ids = self.read, torch.cat([self.read, input_ids], 1)
-            places = range(prompt.shape[1], input_ids.shape[1])
-        else:
-            self.read, places = input_ids, [input_ids.shape[1] - 1]
-        logits = torch.zeros(len(input_ids), len(places), self.config.vocab_size)
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        logits = torch.zeros(len(input_ids), 1, self.config.vocab_size)
         for row, ids in enumerate(input_ids.tolist()):
-            for column, last in enumerate(places):
-                logits[row, column, self.follower(ids[: last + 1])] = 50.0
-        return CausalLMOutputWithPast(logits=logits, past_key_values=[self.read])
+            logits[row, 0, self.follower(ids)] = 50.0
+        return CausalLMOutputWithPast(logits=logits)
 
     def follower(self, ids):
         first = 0 if self.reach is None else max(0, len(ids) - self.reach)
@@ -93,33 +77,45 @@ class CopyModel(PreTrainedModel, GenerationMixin):
         return follower
 
 
-@pytest.mark.parametrize("by", ["generate", "likelihood"])
-@pytest.mark.parametrize("needles", [1, 3])
-def test_model_that_copies_answers_every_trial(tokenizer, by, needles):
+def answers_to(model, tokenizer, trials, **options):
+    found = {}
+    for batch, right in answer_trials(model, tokenizer, trials, **options):
+        assert len({len(trial.prompt) for trial in batch}) == 1
+        found |= {id(trial): answer for trial, answer in zip(batch, right, strict=True)}
+    return [found[id(trial)] for trial in trials]
+
+
+def test_model_that_copies_answers_every_trial(tokenizer):
     model = CopyModel(len(tokenizer))
     trials = [
-        build_trial(tokenizer, 700, depth, number, needles=needles)
-        for number, depth in enumerate([0, 0.5, 1])
+        build_trial(tokenizer, 700, depth, number) for number, depth in enumerate([0, 0.5, 1])
     ]
-    answers = list(answer_trials(model, tokenizer, trials, by=by, batch_size=2))
-    assert answers == [[True, True], [True]]
+    assert answers_to(model, tokenizer, trials, batch_size=2) == [True] * 3
 
 
-@pytest.mark.parametrize("by", ["generate", "likelihood"])
-def test_model_that_sees_only_the_end_answers_only_deep_needles(tokenizer, by):
+def test_model_that_sees_only_the_end_answers_only_deep_needles(tokenizer):
     model = CopyModel(len(tokenizer), reach=250)
     early = [build_trial(tokenizer, 900, 0.0, number) for number in range(3)]
     late = [build_trial(tokenizer, 900, 1.0, number) for number in range(3)]
-    (answers,) = answer_trials(model, tokenizer, early + late, by=by, batch_size=6)
-    assert sum(answers[:3]) == 0
-    assert answers[3:] == [True] * 3
+    answers = answers_to(model, tokenizer, early + late, batch_size=6)
+    assert answers == [False] * 3 + [True] * 3
 
 
 def test_random_model_answers_next_to_nothing(work, tokenizer):
     model = LlamaForCausalLM.from_pretrained(work / "base").eval()
     trials = [build_trial(tokenizer, 300, 0.5, number) for number in range(40)]
-    assert sum(answers_by_generating(model, tokenizer, trials)) == 0
-    assert sum(answers_by_likelihood(model, tokenizer, trials)) <= 12  # 1 in 10 by chance
+    assert sum(answers_to(model, tokenizer, trials, batch_size=8)) == 0
+
+
+def test_no_batch_needs_a_mask(work, tokenizer):
+    model, masks = LlamaForCausalLM.from_pretrained(work / "base").eval(), []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    trials = [build_trial(tokenizer, 300, 0.5, number) for number in range(12)]
+    assert len({len(trial.prompt) for trial in trials}) > 1
+    answers_to(model, tokenizer, trials, batch_size=8)
+    assert masks == [None] * len(masks)
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral, sliding window"])
@@ -140,36 +136,15 @@ def cached_model(request, work, tokenizer):
     return MistralForCausalLM(config).eval()
 
 
-def test_likelihoods_equal_whole_passes_without_cache_or_padding(cached_model, tokenizer):
-    trials = [build_trial(tokenizer, length, 0.3, 1) for length in (300, 260, 333)]
-    trials += [build_trial(tokenizer, 300, 0.3, number) for number in range(2, 12)]
-    expected = []
-    for trial in trials:
-        scores = []
-        for answer in trial.candidates:
-            ids = torch.tensor([trial.prompt + answer])
-            with torch.no_grad():
-                logs = cached_model(ids).logits.log_softmax(-1)[0, :-1]
-            picked = logs.gather(1, ids[0, 1:, None])[-len(answer) :]
-            scores.append(picked.sum().item())
-        expected.append(scores)
-    found = candidate_likelihoods(cached_model, tokenizer, trials)
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
-    right = [max(scores) == scores[0] for scores in expected]
-    assert answers_by_likelihood(cached_model, tokenizer, trials) == right
-    assert any(right)
-    assert not all(right)
-
-
 def test_generated_answers_equal_greedy_decoding_without_cache(cached_model, tokenizer):
-    trials = [build_trial(tokenizer, length, 0.3, 1) for length in (300, 260)]
+    trials = [build_trial(tokenizer, length, 0.3, 1) for length in (260, 300)]
     heard = []
     decode = tokenizer.batch_decode
     tokenizer.batch_decode = lambda ids, **options: (
         heard.extend(ids.tolist()) or decode(ids, **options)
     )
     try:
-        answers_by_generating(cached_model, tokenizer, trials)
+        answers_to(cached_model, tokenizer, trials)
     finally:
         del tokenizer.batch_decode
     for trial, answer in zip(trials, heard, strict=True):
@@ -186,18 +161,15 @@ def test_generated_answers_equal_greedy_decoding_without_cache(cached_model, tok
 @given(
     length=st.integers(600, 1500),
     depth=st.one_of(st.just("random"), st.floats(0, 1)),
-    needles=st.integers(1, 4),
     number=st.integers(0, 10**6),
 )
-def test_prompt_fits_the_length_to_within_one_sentence(tokenizer, length, depth, needles, number):
-    trial = build_trial(tokenizer, length, depth, number, needles=needles)
+def test_prompt_fits_the_length_to_within_one_sentence(tokenizer, length, depth, number):
+    trial = build_trial(tokenizer, length, depth, number)
     sentence = max(len(tokenizer(" " + text)["input_ids"]) for text in passkey.FILLER)
     assert length - sentence <= trial.tokens <= length
     text = tokenizer.decode(trial.prompt)
     assert trial.number in text
-    assert tokenizer.decode(trial.candidates[0]).strip() == trial.number
-    for candidate in trial.candidates[1 + max(0, needles - 1) :]:
-        assert tokenizer.decode(candidate).strip() not in text
+    assert tokenizer.decode(trial.answer).strip() == trial.number
 
 
 @pytest.mark.parametrize(("early", "late"), [(10, 2), (2, 10), (7, 7)])
@@ -224,17 +196,6 @@ def test_same_seed_is_the_same_trial_and_another_seed_another(tokenizer):
     assert build_trial(tokenizer, 400, "random", 5, seed=7) == trial
     assert build_trial(tokenizer, 400, "random", 5, seed=8).number != trial.number
     assert build_trial(tokenizer, 400, "random", 6, seed=7).number != trial.number
-    alone = build_trial(tokenizer, 400, "random", 5, seed=7, answer_only=True)
-    assert (alone.prompt, alone.candidates) == (trial.prompt, trial.candidates[:1])
-
-
-def test_asked_box_has_the_answer_and_the_others_are_distractors(tokenizer):
-    trial = build_trial(tokenizer, 900, 0.5, 0, needles=3)
-    text = tokenizer.decode(trial.prompt)
-    box = text.rsplit("secret number of the ", 1)[1].split()[0]
-    assert f"The secret number of the {box} box is {trial.number}." in text
-    hidden = [tokenizer.decode(ids).strip() for ids in trial.candidates[:3]]
-    assert all(f"box is {number}." in text for number in hidden)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +204,14 @@ def test_asked_box_has_the_answer_and_the_others_are_distractors(tokenizer):
         (" 48213", True),
         ("48213.", True),
         ("\n48213 is it", True),
+        ("48213, or so", True),
+        ("48213. 5 more", True),
+        ("48213,678", False),
+        ("48213.6", False),
+        ("48213’000", False),
+        ("48213-4", False),
+        ("48213th", False),
+        ("48213_0", False),
         (" 482134", False),
         (" 4821", False),
         (" the 48213", False),
@@ -258,9 +227,9 @@ def test_exact_match_takes_the_number_and_nothing_else(answer, right):
     [
         ({"length": 20}, r"Write a length of at least \d+"),
         ({"depth": 50.0}, "write 0.5 for 50 %"),
-        ({"needles": 17}, "write 1 to 16"),
-        ({"digits": 1}, "do not make 10 different numbers"),
-        ({"distractors": 0}, "at least 1"),
+        ({"depth": float("inf")}, "depth inf: a depth is a share"),
+        ({"depth": float("nan")}, "depth nan: a depth is a share"),
+        ({"depth": -0.5}, "depth -0.5: a depth is a share"),
     ],
 )
 def test_senseless_grid_is_refused(tokenizer, options, message):
@@ -298,24 +267,28 @@ def test_command_writes_a_row_for_each_model_length_and_depth(work):
     assert "greedy decoding" in result.output
 
 
-def test_command_keeps_finished_rows_and_tells_likelihood_from_decoding(work):
+def test_command_keeps_the_rows_of_other_depths_lengths_and_seeds(work):
     out = work / "resume.json"
-    arguments = [work / "recipe.yml", "--lengths", 300, "--trials", 2, "--model", "base",
-                 "--json", out]  # fmt: skip
-    assert run(*arguments, "--depths", "0,random").exit_code == 0
+    arguments = [work / "recipe.yml", "--trials", 2, "--model", "base", "--json", out]
+    assert run(*arguments, "--lengths", 300, "--depths", "0,random").exit_code == 0
     first = json.loads(out.read_text())
-    result = run(*arguments, "--depths", "0,random,1")
-    assert "2 of 3 rows were already" in result.output
+    result = run(*arguments, "--lengths", 300, "--depths", "0,1")
+    assert "1 of 2 rows were already" in result.output
+    assert {row["depth"] for row in json.loads(out.read_text())} == {0, "random", 1}
+    assert run(*arguments, "--lengths", 280, "--depths", "0").exit_code == 0
+    assert run(*arguments, "--lengths", 300, "--depths", "0", "--seed", 1).exit_code == 0
     rows = json.loads(out.read_text())
-    assert rows[:2] == first
-    assert [row["depth"] for row in rows] == [0, "random", 1]
-    result = run(*arguments, "--depths", "0,random,1", "--by", "likelihood", "--needles", "1,2")
+    assert len(rows) == 5
+    assert all(row in rows for row in first)
+
+
+def test_command_prints_only_json_to_standard_output_when_it_is_asked_to(work):
+    result = run(work / "recipe.yml", "--lengths", 280, "--depths", 0, "--trials", 1, "--model",
+                 "base", "--json", "-")  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "already" not in result.output
-    rows = json.loads(out.read_text())
-    assert [row["needles"] for row in rows] == [1, 1, 1, 2, 2, 2]
-    assert {row["by"] for row in rows} == {"likelihood"}
-    assert {row["chance"] for row in rows} == {0.1}
+    (row,) = json.loads(result.stdout)
+    assert (row["model"], row["length"], row["depth"]) == ("base", 280, 0)
+    assert "Passkey accuracy" in result.stderr
 
 
 @pytest.mark.parametrize(

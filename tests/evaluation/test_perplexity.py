@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from longlora_plugin.evaluation import perplexity
-from longlora_plugin.evaluation.long_ppl import KeyTokens, default_short_context, long_perplexity
 from longlora_plugin.evaluation.perplexity import bootstrap, score_documents, token_losses
 
 
@@ -245,26 +244,3 @@ def test_one_window_has_no_interval_and_many_documents_are_resampled_whole():
     assert few.interval().over == "windows"
     many = score_documents(model, [np.zeros(16, np.int32)] * 20, length=8, stride=8)
     assert many.interval().over == "documents"
-
-
-def test_key_tokens_need_both_a_gain_and_a_good_prediction():
-    long = np.array([0.5, 0.5, 1.9, 2.1, 0.0], dtype=np.float32)
-    short = np.array([3.0, 2.4, 4.0, 9.0, 2.0], dtype=np.float32)
-    mask = KeyTokens(short_context=64).mask(long, short)
-    assert mask.tolist() == [True, False, True, False, False]
-    result = long_perplexity(np.array([1, 9, 2, 9, 9], dtype=np.float32), mask)
-    assert result["perplexity"] == pytest.approx(math.exp(1.5))
-    assert result["key_tokens"] == 2
-    assert result["key_share"] == pytest.approx(0.4)
-
-
-def test_no_key_token_is_no_perplexity():
-    none = long_perplexity(np.ones(4, np.float32), np.zeros(4, bool))
-    assert none["perplexity"] is None
-
-
-def test_short_context_is_the_papers_unless_the_model_knows_less():
-    assert default_short_context(131072) == 4096
-    assert default_short_context(256) == 128
-    assert KeyTokens(4096).window == 5120
-    assert KeyTokens(4096).stride == 1024

@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiments.longqa.likelihood import log_likelihoods
 from benchmarks.experiments.longqa.questions import (
     Ids,
     Question,
@@ -45,20 +46,6 @@ SHARES, NATS = ("exact", "begins", "first"), ("nll", "nll_other")
 BATCH = 8
 EXTRA_TOKENS = 4
 """Tokens decoded beyond the right answer's, to see whether it ends there."""
-
-
-def log_likelihoods(
-    model: Any, tokenizer: Any, prompts: Sequence[Ids], answers: Sequence[list[Ids]]
-) -> list[list[float]]:
-    """Log-likelihood in nats of each prompt's candidate answers, [B][C]."""
-    from longlora_plugin.evaluation.passkey import Trial, candidate_likelihoods
-
-    trials = [
-        Trial(prompt, "", candidates, 0.0)
-        for prompt, candidates in zip(prompts, answers, strict=True)
-    ]
-    found: list[list[float]] = candidate_likelihoods(model, tokenizer, trials).tolist()
-    return found
 
 
 def can_become(said: str, answer: str) -> bool:
@@ -197,16 +184,16 @@ def main() -> None:
 
     from rich.progress import Progress
 
-    from longlora_plugin.evaluation.models import load_tokenizer, model_sources
+    from longlora_plugin.evaluation.models import model_sources
     from longlora_plugin.run.recipe import read_recipe
 
     recipe = read_recipe(args.recipe)
-    tokenizer = load_tokenizer(recipe)
+    (source,) = model_sources(recipe, [args.model])
+    loaded = source.load("cpu", "float32")
+    model, tokenizer = loaded.model, loaded.tokenizer
     pool = read_rows(args.rows)
     rows = sample(pool, args.per_task)
     questions = make_questions(rows, pool, tokenizer, recipe.sequence_len)
-    (source,) = model_sources(recipe, [args.model])
-    model = source.load("cpu", "float32")
     with Progress() as progress:
         bar = progress.add_task(source.label, total=len(questions))
         results = score(
