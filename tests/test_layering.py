@@ -82,8 +82,6 @@ SIGNATURES = {
 """The contract's signature, and that of transformers' attention interface."""
 
 TOO_LONG = {
-    "benchmarks/attention/__main__.py::main",
-    "benchmarks/attention/methods.py::steps",
     "longlora_plugin/cli/longqa.py::_build",
     "longlora_plugin/cli/plan.py::_print_paper",
     "longlora_plugin/evaluation/callback.py::__init__",

@@ -23,6 +23,8 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import click
 import torch
@@ -31,7 +33,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.attention.measure import machine, peak_bytes, take_turns, usable_backends
-from benchmarks.attention.methods import steps
+from benchmarks.attention.methods import Setup, steps
 from benchmarks.attention.report import HEADER, Row, plot, table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,54 +84,57 @@ def cases(
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write results here.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write a picture here.")
 @click.option("--markdown", "md_path", type=click.Path(path_type=Path), help="Write a table here.")
-def main(
-    lengths: str,
-    ratio: float,
-    group_size: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    rounds: int,
-    budget: float,
-    threads: int,
-    device: str,
-    dtype: str | None,
-    backends: tuple[str, ...],
-    roll_up_to: int,
-    quick: bool,
-    json_path: Path | None,
-    plot_path: Path | None,
-    md_path: Path | None,
-) -> None:
+def main(**options: Any) -> None:
     """Time S²-Attn against full attention, the floor, and the published algorithm."""
-    torch.set_num_threads(threads)
-    dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
-    tokens = [int(n) for n in lengths.split(",")]
-    if quick:
-        tokens, rounds = [n for n in tokens if n <= 8192], min(rounds, 3)
-    chosen = list(backends) or usable_backends(device)
+    asked = SimpleNamespace(**options)
+    torch.set_num_threads(asked.threads)
+    dtype = asked.dtype or ("bfloat16" if asked.device == "cuda" else "float32")
+    lengths = [int(length) for length in asked.lengths.split(",")]
+    if asked.quick:
+        lengths = [length for length in lengths if length <= 8192]
+        asked.rounds = min(asked.rounds, 3)
+    setup = Setup(
+        heads=asked.heads,
+        head_dim=asked.head_dim,
+        device=asked.device,
+        dtype=DTYPES[dtype],
+        backends=asked.backends or tuple(usable_backends(asked.device)),
+        roll_up_to=asked.roll_up_to,
+    )
+    chosen = cases(lengths, asked.ratio, asked.group_size, asked.heads, asked.kv_heads)
+    rows = measure(list(chosen), setup, asked.rounds, asked.budget)
+    where = machine(asked.device, dtype)
+    lines = table(rows)
+    show(lines, where)
+    if asked.json_path:
+        result = {
+            "machine": where,
+            "head_dim": asked.head_dim,
+            "rows": [asdict(row) for row in rows],
+        }
+        asked.json_path.write_text(json.dumps(result, indent=1) + "\n")
+    if asked.plot_path:
+        plot(rows, where, asked.plot_path)
+    if asked.md_path:
+        text = [HEADER, tuple("---" for _ in HEADER), *lines]
+        asked.md_path.write_text("".join(f"| {' | '.join(line)} |\n" for line in text))
+
+
+def measure(chosen: list[Case], setup: Setup, rounds: int, budget: float) -> list[Row]:
+    """Every method on every case; those of one length and one number of KV heads in turn."""
     todo: dict[tuple[int, int], list[Case]] = {}
-    for case in cases(tokens, ratio, group_size, heads, kv_heads):
+    for case in chosen:
         todo.setdefault((case.kv_heads, case.length), []).append(case)
     rows: list[Row] = []
-    console = Console()
-    with Progress(console=console, transient=True) as progress:
+    with Progress(transient=True) as progress:
         task = progress.add_task("S²-Attn", total=len(todo))
-        for (kv, length), alike in todo.items():
-            progress.update(task, description=f"{heads} heads, {kv} KV heads, {length} tokens")
-            methods = steps(
-                length,
-                dict.fromkeys(case.group_size for case in alike),
-                heads=heads,
-                kv_heads=kv,
-                head_dim=head_dim,
-                device=device,
-                dtype=DTYPES[dtype],
-                backends=chosen,
-                roll_up_to=roll_up_to,
-            )
-            peaks = {key: peak_bytes(step, device) for key, step in methods.items()}
-            seconds = take_turns(methods, device, rounds, budget)
+        for (kv_heads, length), alike in todo.items():
+            shape = f"{setup.heads}/{kv_heads} heads, {length} tokens"
+            progress.update(task, description=shape)
+            group_sizes = dict.fromkeys(case.group_size for case in alike)
+            methods = steps(length, group_sizes, kv_heads, setup)
+            peaks = {key: peak_bytes(step, setup.device) for key, step in methods.items()}
+            seconds = take_turns(methods, setup.device, rounds, budget)
             rows += [
                 Row(
                     method=method,
@@ -144,22 +149,16 @@ def main(
                 if group_size in (None, case.group_size)
             ]
             progress.advance(task)
-            progress.console.print(f"{heads}/{kv} heads, {length} tokens: done")
-    rows.sort(key=lambda row: (-row.kv_heads, row.groups.isdecimal(), row.length))
-    where = machine(device, dtype)
+            progress.console.print(f"{shape}: done")
+    return sorted(rows, key=lambda row: (-row.kv_heads, row.groups.isdecimal(), row.length))
+
+
+def show(lines: list[tuple[str, ...]], where: str) -> None:
+    """The table on the terminal, whole on a narrow one."""
     shown = Table(*HEADER, title=f"S²-Attn, forward + backward: {where}")
-    lines = table(rows)
     for line in lines:
         shown.add_row(*line)
-    Console(width=max(console.width, 120)).print(shown)
-    if json_path:
-        result = {"machine": where, "head_dim": head_dim, "rows": [asdict(row) for row in rows]}
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
-    if plot_path:
-        plot(rows, where, plot_path)
-    if md_path:
-        text = [HEADER, tuple("---" for _ in HEADER), *lines]
-        md_path.write_text("".join(f"| {' | '.join(line)} |\n" for line in text))
+    Console(width=max(Console().width, 120)).print(shown)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Shapes: B batch, H heads, N tokens, G tokens in a group, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -47,19 +48,23 @@ Method = tuple[str, int | None]
 """Name and group size; None for full attention, which has none."""
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What all cases of a run share; `roll_up_to` is the longest row for roll-and-matmul."""
+
+    heads: int
+    head_dim: int
+    device: str
+    dtype: torch.dtype
+    backends: tuple[str, ...]
+    roll_up_to: int
+
+
 def steps(
-    length: int,
-    group_sizes: Iterable[int],
-    *,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    device: str,
-    dtype: torch.dtype,
-    backends: list[str],
-    roll_up_to: int,
+    length: int, group_sizes: Iterable[int], kv_heads: int, setup: Setup
 ) -> dict[Method, Step]:
     """Everything that is timed on rows of one length."""
+    heads, head_dim, device, dtype = setup.heads, setup.head_dim, setup.device, setup.dtype
     qkv = [
         torch.randn(1, length, h, head_dim).to(device, dtype).transpose(1, 2).requires_grad_()
         for h in (heads, kv_heads, kv_heads)
@@ -100,10 +105,10 @@ def steps(
     methods: dict[Method, Step] = {("full", None): lambda: run(sdpa, qkv)}
     for group_size in group_sizes:
         methods["floor", group_size] = floor(group_size)
-        if length <= roll_up_to:
+        if length <= setup.roll_up_to:
             roll = partial(roll_and_matmul, group_size=group_size)
             methods["roll", group_size] = partial(run, roll, qkv)
-        for backend in backends:
+        for backend in setup.backends:
             ours = partial(shifted_sparse_attention, group_size=group_size, backend=backend)
             methods[f"s2 {backend}", group_size] = partial(run, ours, qkv)
     return methods

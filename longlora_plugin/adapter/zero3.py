@@ -35,7 +35,7 @@ class ZeRO3HookGuard:
             return self
 
         @functools.wraps(stock)
-        def __getattr__(wrapper: Any, name: str) -> Any:
+        def __getattr__(wrapper: Any, name: str) -> Any:  # noqa: N807  (it becomes a method)
             if name in DEEPSPEED_MARKS:
                 raise AttributeError(f"{type(wrapper).__name__!r} object has no attribute {name!r}")
             return stock(wrapper, name)

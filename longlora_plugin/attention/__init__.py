@@ -1,5 +1,6 @@
 """Shifted sparse attention (S²-Attn): `shifted_sparse_attention` for tensors,
-`enable_shifted_attention` for a whole model. Knows nothing of Axolotl."""
+`enable_shifted_attention` for a whole model. Knows nothing of Axolotl.
+"""
 
 from __future__ import annotations
 

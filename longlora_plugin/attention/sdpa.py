@@ -138,7 +138,8 @@ def by_run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: tuple[HeadRun, ...], *, dim: int
 ) -> list[tuple[HeadRun, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Split query, key and value along their heads; one `split` is one copy backward, where slices
-    would add up tensors of zeros."""
+    would add up tensors of zeros.
+    """
     q_by_run = q.split([run.query.stop - run.query.start for run in runs], dim=dim)
     if k.shape[dim] == 1:
         k_by_run, v_by_run = [k] * len(runs), [v] * len(runs)

@@ -92,6 +92,7 @@ def try_fsdp(device: str) -> str:
 
 
 def main(launcher: str) -> None:
+    """Take one step under `launcher`, in this process, and print what it comes to."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _environment(device)
     done = {"deepspeed": try_deepspeed, "fsdp": try_fsdp}[launcher](device)

@@ -203,6 +203,7 @@ def _match_vocabulary(model: Any, adapter: Path) -> None:
 
 
 def weight_files(folder: Path) -> Iterable[Path]:
+    """Files of weights in `folder`, whatever their format."""
     for pattern in ("*.safetensors", "*.bin", "*.gguf"):
         yield from sorted(folder.glob(pattern))
 

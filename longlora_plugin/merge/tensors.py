@@ -43,10 +43,12 @@ def tied_names(base: Any) -> dict[str, set[str]]:
 
 
 def shards_of(folder: Path) -> list[Path]:
+    """The safetensors files of a model, in the order of their names."""
     return sorted(folder.glob("*.safetensors"))
 
 
 def shapes_of(shard: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a safetensors file; reads its header only."""
     from safetensors import safe_open
 
     with safe_open(shard, framework="pt") as file:
@@ -54,6 +56,7 @@ def shapes_of(shard: Path) -> dict[str, tuple[int, ...]]:
 
 
 def adapter_shapes(adapter_dir: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a PEFT adapter, in either file format."""
     if (adapter_dir / ADAPTER_FILE).is_file():
         return shapes_of(adapter_dir / ADAPTER_FILE)
     from longlora_plugin.adapter.state import read_adapter_state
@@ -62,6 +65,7 @@ def adapter_shapes(adapter_dir: Path) -> dict[str, tuple[int, ...]]:
 
 
 def is_readable(shard: Path) -> bool:
+    """Whether a safetensors file has a whole header that matches its size."""
     from safetensors import SafetensorError
 
     try:

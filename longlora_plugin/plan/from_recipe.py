@@ -99,6 +99,7 @@ def training_of(recipe: Recipe, gpus: int) -> tuple[Training, tuple[str, ...]]:
 
 
 def uses_shifted_attention(recipe: Recipe) -> bool:
+    """Whether the recipe trains with S²-Attn."""
     return recipe.block is not None and recipe.block.shifted_attention
 
 

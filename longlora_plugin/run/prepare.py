@@ -246,7 +246,7 @@ def _model_config(
 
 
 def attention_implementation(recipe: Mapping[str, Any]) -> str:
-    """transformers' name of the attention a raw recipe asks for; its default is sdpa."""
+    """The name in transformers of the attention a raw recipe asks for; its default is sdpa."""
     name = recipe.get("attn_implementation")
     if name is None:
         name = next(
