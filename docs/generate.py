@@ -196,7 +196,7 @@ def hooks_page() -> str:
         """
 A package adds to LongLoRA by declaring an entry point in group `longlora`; installing it is all
 that a user does ([how to write one](../howto/plugin-package.md)). Each hook returns a mapping from
-a name, as recipes write it, to what that name stands for. What this package itself provides comes
+a name, as recipes write it, to what it names. What this package itself provides comes
 through the same hooks.
 
 A package that does not load, raises, returns something of the wrong kind, or takes a name that

@@ -63,7 +63,7 @@ class LongLoRAConfig(BaseModel):
     )
     trainable: list[str] = Field(
         default=["embeddings", "norms"],
-        description="Kinds of modules trained beside LoRA; used with `adapter: longlora` only.",
+        description="Kinds of modules trained in addition to LoRA, with `adapter: longlora` only.",
     )
     rope: str | dict[str, Any] = Field(
         default="linear",
@@ -132,7 +132,7 @@ class LongLoRAConfig(BaseModel):
 
     @property
     def rope_options(self) -> dict[str, Any]:
-        """Options of the RoPE preset beside its name."""
+        """Options of the RoPE preset, without its name."""
         if not isinstance(self.rope, Mapping):
             return {}
         return {key: value for key, value in self.rope.items() if key != "preset"}

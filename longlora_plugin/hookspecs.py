@@ -1,6 +1,6 @@
 """Every hook of LongLoRA. A package adds to it by declaring an entry point in group `longlora`.
 
-Each hook returns a mapping from a name, as recipes will write it, to what that name stands for.
+Each hook returns a mapping from a name, as recipes will write it, to what it names.
 The built-ins come through the same hooks (`registry.BUILTINS`). A hook is called whenever its names
 are needed, so import what is heavy inside it.
 """
@@ -44,7 +44,7 @@ def longlora_attention_patterns() -> dict[str, AttentionPattern]:  # type: ignor
 
 @hookspec
 def longlora_trainable_modules() -> dict[str, Callable[..., list[str]]]:  # type: ignore[empty-body]
-    """Kinds of modules that train beside LoRA, for `longlora.trainable`.
+    """Kinds of modules that train in addition to LoRA, for `longlora.trainable`.
 
     Kind → function of the base model that returns names of its modules, as `named_modules()` gives
     them. They are trained in full, with fp32 masters, and saved as PEFT `modules_to_save`. `plan`

@@ -1,7 +1,7 @@
 """`axolotl longlora …`: one file a command, each imported when it is used.
 
-The commands only parse options, call one room, and print; torch and transformers are imported
-inside them, so that `--help` stays instant.
+The commands only parse options, call one part of the package, and print; torch and transformers
+are imported inside them, so that `--help` stays instant.
 """
 
 from __future__ import annotations

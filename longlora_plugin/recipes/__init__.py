@@ -1,6 +1,6 @@
 """Recipes to start from: those shipped here, and those that installed packages add.
 
-In a wheel they stand in `recipes/configs`; a checkout has them in `examples/configs`, where people
+In a wheel they are in `recipes/configs`; a checkout has them in `examples/configs`, where people
 look for them. Loads no torch.
 """
 
