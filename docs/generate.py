@@ -31,8 +31,6 @@ def yaml_page() -> str:
         "|---|---|---|---|",
     ]
     for name, field in LongLoRAConfig.model_fields.items():
-        if name == "resolved":
-            continue
         default = field.get_default(call_default_factory=True)
         shown = json.dumps(default, ensure_ascii=False).replace('"', "")
         rows.append(
@@ -78,7 +76,7 @@ yaml-language-server complete and check a recipe whose first line is
 
 
 def _lora_defaults() -> str:
-    from longlora_plugin.run.prepare import LORA_DEFAULTS, LORA_TARGETS
+    from longlora_plugin.run.axolotl_keys import LORA_DEFAULTS, LORA_TARGETS
 
     numbers = ", ".join(
         f"{key.removeprefix('lora_')} {value:g}" for key, value in LORA_DEFAULTS.items()

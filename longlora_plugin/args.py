@@ -6,31 +6,22 @@ A default is stated here and nowhere else.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapSerializer,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 DEFAULT_GROUP_SIZE_RATIO = 0.25
 """The paper's group size: a quarter of the training length (LongLoRA, Table 7)."""
-
-
-class Resolved(BaseModel):
-    """What `register` decided for one run; later hooks read it instead of deciding again."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    # Axolotl drops keys whose value is None, so what may be None needs a default.
-    adapter: str | None = Field(default=None, description="The adapter the recipe asked for.")
-    group_size: int | None = Field(default=None, description="Group size; None without S²-Attn.")
-    pretrained_context: int = Field(description="Tokens the base model was pretrained on.")
-    base_context: int = Field(description="Tokens the base model handles as it is.")
-    target_context: int = Field(description="Tokens to extend to: the recipe's sequence_len.")
-    rope_before: dict[str, Any] = Field(description="rope_parameters of the base model.")
-    rope_after: dict[str, Any] = Field(description="rope_parameters of the run.")
-    config_fields: dict[str, Any] = Field(
-        description="Fields of the run's and the merged model's config.json; {} if not extended."
-    )
 
 
 class LongLoRAConfig(BaseModel):
@@ -79,9 +70,6 @@ class LongLoRAConfig(BaseModel):
     )
     held_out_steps: int = Field(
         default=100, ge=1, description="Steps between two looks at `held_out`."
-    )
-    resolved: Resolved | None = Field(
-        default=None, description="Written by the plugin at start-up; not for recipes."
     )
 
     @field_validator("group_size")
@@ -188,12 +176,35 @@ class LongLoRAConfig(BaseModel):
         return min(max_steps, round(steps * max_steps) if steps < 1 else int(steps))
 
 
+class CarriedRun:
+    """What `register` decided about a run, in the place of the block it was decided from.
+
+    It goes with the recipe through Axolotl's validation, copies and worker processes, so that
+    every hook finds the decision of its own recipe. YAML has no way to write one.
+
+    Attributes:
+        run: the `PreparedRun`.
+    """
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def __str__(self) -> str:
+        return str(self.run)  # in Axolotl's log of the recipe
+
+
+def _pass_carried_run(value: Any, handler: Callable[[Any], Any]) -> Any:
+    return value if isinstance(value, CarriedRun) else handler(value)
+
+
 class LongLoRAArgs(BaseModel):
     """What the plugin adds to Axolotl's schema: one optional block."""
 
-    longlora: LongLoRAConfig | None = Field(
-        default=None, description="LongLoRA: shifted sparse attention and RoPE scaling."
-    )
+    longlora: Annotated[
+        LongLoRAConfig | None,
+        WrapValidator(_pass_carried_run),
+        WrapSerializer(_pass_carried_run),
+    ] = Field(default=None, description="LongLoRA: shifted sparse attention and RoPE scaling.")
 
 
 def parse_block(raw: Any) -> LongLoRAConfig:
@@ -225,7 +236,7 @@ def _explain(problem: Any) -> str:
         if problem["type"] == "value_error":
             return f"{key}: {message}"
         return f"{key}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"
-    valid = [name for name in LongLoRAConfig.model_fields if name != "resolved"]
+    valid = list(LongLoRAConfig.model_fields)
     near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.0)
     return (
         f"{key} is not a key of the longlora block; did you mean {near[0]!r}? "

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from longlora_plugin.args import LongLoRAConfig
+from longlora_plugin.args import CarriedRun
 from longlora_plugin.host.compat import (
     BasePlugin,
     RecipeError,
     after_merge,
-    base_config,
     is_duplicate_instance,
     keys_for_merge,
     log,
@@ -21,7 +20,8 @@ from longlora_plugin.host.compat import (
     uses_fsdp,
 )
 from longlora_plugin.rope import keep_both_spellings
-from longlora_plugin.run.prepare import asks_for_longlora, lower
+from longlora_plugin.run.base_model import base_config_of
+from longlora_plugin.run.prepare import PreparedRun, asks_for_longlora, prepare_run
 
 
 class LongLoRAPlugin(BasePlugin):
@@ -41,42 +41,43 @@ class LongLoRAPlugin(BasePlugin):
         return None if is_duplicate_instance(self) else "longlora_plugin.args.LongLoRAArgs"
 
     def register(self, cfg: Any) -> None:
-        """Validate the recipe and lower it; nothing is loaded or written before this passes."""
-        if not asks_for_longlora(cfg) or is_duplicate_instance(self):
+        """Decide the run and write it into the recipe; nothing is loaded before this passes."""
+        if is_duplicate_instance(self) or _carried(cfg) or not asks_for_longlora(cfg):
             return
         try:
-            base = base_config(cfg)
+            recipe = cfg.to_dict()
+            base = base_config_of(recipe)
             if cfg.get("merge_lora"):
                 _check_merge(cfg, base)
                 cfg.update(keys_for_merge(cfg))
-            updates, warnings = lower(cfg, base)
+            run = prepare_run(recipe, base).checked()
         except ValueError as error:
             raise RecipeError(str(error)) from error
-        cfg.update(updates)
-        for warning in warnings:
+        for key, value in {**run.updates, "longlora": CarriedRun(run)}.items():
+            cfg[key] = value
+        for warning in run.warnings:
             log.warning("LongLoRA: %s", warning)
         after_merge(_finish_merge)
 
     def pre_model_load(self, cfg: Any) -> None:
-        block = self._block(cfg)
-        if block is None or block.resolved is None:
+        run = self._run(cfg)
+        if run is None or run.rope is None:
             return
-        resolved = block.resolved
-        if resolved.config_fields:
+        if run.rope_fields:
             log.info(
                 "LongLoRA RoPE: %s → %s, context %d → %d",
-                resolved.rope_before,
-                resolved.rope_after,
-                resolved.base_context,
-                resolved.target_context,
+                run.rope_before,
+                run.rope.rope_parameters,
+                run.base_context,
+                run.target_context,
             )
         else:
-            log.info("LongLoRA RoPE: unchanged, %s", resolved.rope_before)
+            log.info("LongLoRA RoPE: unchanged, %s", run.rope_before)
 
     def pre_lora_load(self, cfg: Any, model: Any) -> None:
         """Name the modules to train, now that the model says which they are."""
-        block = self._block(cfg)
-        if not _trains_longlora(block):
+        run = self._run(cfg)
+        if run is None or run.adapter != "longlora":
             return
         if cfg.seed is not None:
             from transformers import set_seed
@@ -88,7 +89,7 @@ class LongLoRAPlugin(BasePlugin):
 
         self._wanted = names = [
             name
-            for kind in block.trainable
+            for kind in run.trainable
             for name in find("longlora_trainable_modules", kind, what="kind of trainable modules")(
                 model
             )
@@ -97,44 +98,44 @@ class LongLoRAPlugin(BasePlugin):
             own = list(cfg.lora_modules_to_save or [])
             chosen = modules.shortest_names(model, names)
             cfg.lora_modules_to_save = own + [name for name in chosen if name not in own]
-            if "embeddings" in block.trainable and modules.embeddings_are_tied(model):
+            if "embeddings" in run.trainable and modules.embeddings_are_tied(model):
                 cfg.peft_ensure_weight_tying = True
         if cfg.lora_target_modules and not _any_module_named(model, cfg.lora_target_modules):
             cfg.lora_target_modules = modules.attention_projections(model)
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
-        block = self._block(cfg)
-        if block is None or block.resolved is None:
+        run = self._run(cfg)
+        if run is None:
             return
         # Axolotl 0.19 raises the maximum of the built model, which switches `dynamic` off.
-        for field, value in block.resolved.config_fields.items():
+        for field, value in run.rope_fields.items():
             setattr(model.config, field, value)
         keep_both_spellings(model.config)
         if cfg.merge_lora or cfg.inference:
             return
-        if _trains_longlora(block):
+        if run.adapter == "longlora":
             trained = self._prepare_adapter(cfg, model)
             log.info(
                 "LongLoRA trains %d modules beside LoRA (%s): %s parameters, kept in %s, "
                 "computing in %s",
                 trained.modules,
-                ", ".join(block.trainable) or "none",
+                ", ".join(run.trainable) or "none",
                 f"{trained.parameters:,}",
                 trained.dtype,
                 trained.compute_dtype,
             )
-        if block.resolved.group_size:
+        if run.group_size:
             from longlora_plugin.attention import enable_shifted_attention
             from longlora_plugin.registry import find
 
             try:
                 self._handle = enable_shifted_attention(
                     model,
-                    group_size=block.resolved.group_size,
-                    full_attention_below=block.full_attention_below,
+                    group_size=run.group_size,
+                    full_attention_below=run.full_attention_below,
                     pattern=find(
                         "longlora_attention_patterns",
-                        block.attention_pattern,
+                        run.attention_pattern,
                         what="attention pattern",
                     ),
                 )
@@ -145,10 +146,10 @@ class LongLoRAPlugin(BasePlugin):
             )
             log.info(
                 "LongLoRA shifted attention (%s): %d layers, group size %d of %d tokens%s",
-                block.attention_pattern,
+                run.attention_pattern,
                 self._handle.layers,
                 self._handle.group_size,
-                block.resolved.target_context,
+                run.target_context,
                 f"; full attention in {skipped}" if skipped else "",
             )
 
@@ -181,19 +182,21 @@ class LongLoRAPlugin(BasePlugin):
         return trained
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        block = self._block(cfg)
+        run = self._run(cfg)
         callbacks: list[Any] = []
-        if block is not None and self._handle is not None:
+        if run is None:
+            return callbacks
+        if self._handle is not None:
             from longlora_plugin.attention.schedule import AttentionSchedule
 
             callbacks.append(
                 AttentionSchedule(
                     self._handle,
-                    block.full_attention_steps_of,
+                    run.block.full_attention_steps_of,
                     lambda line: log.info("LongLoRA: %s", line),
                 )
             )
-        if _trains_longlora(block) and (uses_deepspeed(cfg) or uses_fsdp(cfg)):
+        if run.adapter == "longlora" and (uses_deepspeed(cfg) or uses_fsdp(cfg)):
             from longlora_plugin.adapter.callback import SaveWholeAdapter
 
             deepspeed = uses_deepspeed(cfg)
@@ -203,17 +206,17 @@ class LongLoRAPlugin(BasePlugin):
                 start_from=cfg.lora_model_dir if deepspeed else None,
             )
             callbacks.append(self._whole_adapters)
-        if block is not None and block.resolved is not None and block.held_out:
+        if run.block.held_out:
             from longlora_plugin.evaluation.callback import watch_held_out
 
             callbacks.append(
                 watch_held_out(
-                    block.held_out,
+                    run.block.held_out,
                     trainer.processing_class,
-                    length=block.resolved.target_context,
-                    base_context=block.resolved.base_context,
-                    every_steps=block.held_out_steps,
-                    base_config=base_config(cfg),
+                    length=run.target_context,
+                    base_context=run.base_context,
+                    every_steps=run.block.held_out_steps,
+                    base_config=base_config_of(cfg),
                     continues_adapter=bool(cfg.lora_model_dir),
                     log=trainer.log,
                 )
@@ -234,17 +237,21 @@ class LongLoRAPlugin(BasePlugin):
         if not is_duplicate_instance(self):
             _finish_merge(cfg, Path(adapter_path), Path(output_path))
 
-    def _block(self, cfg: Any) -> LongLoRAConfig | None:
-        return None if is_duplicate_instance(self) else _block(cfg)
+    def _run(self, cfg: Any) -> PreparedRun | None:
+        if is_duplicate_instance(self) or not asks_for_longlora(cfg):
+            return None
+        run = _carried(cfg)
+        if run is None:
+            raise RecipeError(
+                "this recipe asks for LongLoRA but was validated without the plugin's register; "
+                "load it with axolotl.cli.config.load_cfg, or call prepare_plugins(cfg) first"
+            )
+        return run
 
 
-def _block(cfg: Any) -> LongLoRAConfig | None:
-    raw = cfg.longlora
-    return None if raw is None else LongLoRAConfig(**dict(raw))
-
-
-def _trains_longlora(block: LongLoRAConfig | None) -> TypeGuard[LongLoRAConfig]:
-    return block is not None and block.resolved is not None and block.resolved.adapter == "longlora"
+def _carried(cfg: Any) -> PreparedRun | None:
+    carried = cfg.get("longlora")
+    return carried.run if isinstance(carried, CarriedRun) else None
 
 
 def _any_module_named(model: Any, targets: Any) -> bool:
@@ -272,8 +279,8 @@ def _check_merge(cfg: Any, base: Any) -> None:
 
 
 def _finish_merge(cfg: Any, adapter_dir: Path, merged_dir: Path) -> None:
-    block = _block(cfg)
-    if block is None or block.resolved is None:
+    run = _carried(cfg)
+    if run is None:
         return
     from longlora_plugin.merge import complete
 
@@ -282,10 +289,10 @@ def _finish_merge(cfg: Any, adapter_dir: Path, merged_dir: Path) -> None:
             adapter_dir,
             merged_dir,
             complete.local_folder(cfg.base_model, cfg.revision_of_model),
-            base_config(cfg),
-            config_fields=block.resolved.config_fields,
-            base_context=block.resolved.base_context,
-            target_context=block.resolved.target_context,
+            base_config_of(cfg),
+            config_fields=run.rope_fields,
+            base_context=run.resolved_rope().base_context,
+            target_context=run.target_context,
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error

@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longlora_plugin import hookspecs, registry
-from longlora_plugin.run.prepare import lower
+from longlora_plugin.run.prepare import prepare_run
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "plugin-package"
@@ -242,13 +242,12 @@ def test_a_run_goes_on_with_broken_packages_and_fails_only_if_it_needs_one(insta
     install("broken-one", BROKEN["raises in a hook"][0])
     recipe = {"base_model": "x", "adapter": "longlora", "sequence_len": 8192}
     config = LlamaConfig(max_position_embeddings=4096)
-    updates, _ = lower(recipe, config)
-    assert updates["longlora"]["resolved"]["rope_after"]["factor"] == 2
+    assert prepare_run(recipe, config).checked().rope.rope_parameters["factor"] == 2
     with pytest.raises(ValueError, match=r"'mine'.*skipped.*broken-one.*no luck"):
-        lower({**recipe, "longlora": {"rope": "mine"}}, config)
+        prepare_run({**recipe, "longlora": {"rope": "mine"}}, config).checked()
     # Its patterns were never in question.
     with pytest.raises(ValueError, match="unknown attention pattern") as error:
-        lower({**recipe, "longlora": {"attention_pattern": "mine"}}, config)
+        prepare_run({**recipe, "longlora": {"attention_pattern": "mine"}}, config).checked()
     assert "broken-one" not in str(error.value)
 
 
@@ -271,8 +270,9 @@ def test_a_preset_that_fails_when_used_is_one_clear_error(install, body, says):
     """
     install("broken-one", code)
     recipe = {"base_model": "x", "adapter": "longlora", "sequence_len": 8192}
+    mine = {**recipe, "longlora": {"rope": "mine"}}
     with pytest.raises(ValueError, match=says) as error:
-        lower({**recipe, "longlora": {"rope": "mine"}}, LlamaConfig(max_position_embeddings=4096))
+        prepare_run(mine, LlamaConfig(max_position_embeddings=4096)).checked()
     if "failed" in says:
         assert "'mine' of broken-one" in str(error.value)
 

@@ -1,13 +1,83 @@
-"""Files written whole or not at all, so that a killed process leaves the earlier version."""
+"""Files of a run's folders: what an adapter, a checkpoint and a whole model consist of, and how one
+is written whole or not at all, so that a killed process leaves the earlier version.
+"""
 
 from __future__ import annotations
 
 import json
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""Names of an adapter's weights, PEFT's present one first."""
+MODEL_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The `checkpoint-<step>` folders of a run, oldest first."""
+    folders = (
+        folder
+        for folder in output_dir.glob("checkpoint-*")
+        if folder.is_dir() and folder.name.removeprefix("checkpoint-").isdigit()
+    )
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter, by the names of its files."""
+    return (folder / ADAPTER_CONFIG).is_file() and adapter_weights(folder) is not None
+
+
+def adapter_weights(folder: Path) -> Path | None:
+    """An adapter's file of weights; None where there is none."""
+    return next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a whole model, by the names of its files."""
+    return (folder / "config.json").is_file() and any(weight_files(folder))
+
+
+def weight_files(folder: Path) -> Iterator[Path]:
+    """Files of weights in a folder, not below it."""
+    for pattern in MODEL_WEIGHTS:
+        yield from (file for file in sorted(folder.glob(pattern)) if file.name not in NO_WEIGHTS)
+
+
+def why_no_adapter(folder: Path) -> str | None:
+    """What an adapter's folder lacks; None if it can be loaded."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return f"it has no {ADAPTER_CONFIG}"
+    if adapter_weights(folder) is None:
+        return f"it has no {ADAPTER_FILES[0]}"
+    # A run's folder may hold checkpoints and a merged model too; they are not the adapter.
+    return next(unreadable_files(folder, below=False), None)
+
+
+def unreadable_files(folder: Path, *, below: bool = True) -> Iterator[str]:
+    """A line for each file of weights or states that is cut off or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    find = folder.rglob if below else folder.glob
+    for file in sorted(find("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except SafetensorError:
+            yield f"its {file.name} is cut off or damaged"
+    for pattern in ("*.pt", "*.pth", "*.bin"):
+        for file in sorted(find(pattern)):
+            # torch.save writes a zip archive, whose directory is at its end.
+            if file.name != "training_args.bin" and not zipfile.is_zipfile(file):
+                yield f"its {file.name} is cut off or damaged"
 
 
 @contextmanager

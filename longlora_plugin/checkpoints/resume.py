@@ -8,23 +8,13 @@ newest checkpoint; what is missing then starts anew without a word.
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+from longlora_plugin.checkpoints.files import checkpoints, unreadable_files, why_no_adapter
+
 FSDP_FULL_MODEL = "pytorch_model_fsdp.bin"
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The `checkpoint-<step>` folders of a run, oldest first."""
-    folders = (
-        folder
-        for folder in output_dir.glob("checkpoint-*")
-        if folder.is_dir() and folder.name.removeprefix("checkpoint-").isdigit()
-    )
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
 
 
 def why_not_resumable(
@@ -52,18 +42,6 @@ def why_not_resumable(
             "the first process's part of an adapter"
         )
     return next(_damage(folder, weights_only), None)
-
-
-def why_no_adapter(folder: Path) -> str | None:
-    """What an adapter's folder lacks; None if it can be loaded."""
-    if not folder.is_dir():
-        return "there is no such folder"
-    if not (folder / "adapter_config.json").is_file():
-        return "it has no adapter_config.json"
-    if not any((folder / name).is_file() for name in ADAPTER_FILES):
-        return f"it has no {ADAPTER_FILES[0]}"
-    # A run's folder may hold checkpoints and a merged model too; they are not the adapter.
-    return next(_unreadable(folder, below=False), None)
 
 
 def choose_checkpoint(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -127,7 +105,7 @@ def _last_good(output_dir: Path, expected: dict[str, bool]) -> tuple[Path | None
 
 
 def _damage(folder: Path, weights_only: bool) -> Iterator[str]:
-    yield from _unreadable(folder)
+    yield from unreadable_files(folder)
     latest = folder / "latest"
     shards = [folder / name for name in ("pytorch_model_fsdp_0", "optimizer_0")]
     steps = list(folder.glob("global_step*"))
@@ -155,20 +133,3 @@ def _deepspeed_damage(folder: Path, latest: Path) -> Iterator[str]:
     processes = len(list(folder.glob("rng_state_*.pth")))
     if processes and optimizers < processes:
         yield f"DeepSpeed's {step.name} holds {optimizers} of {processes} processes' states"
-
-
-def _unreadable(folder: Path, *, below: bool = True) -> Iterator[str]:
-    from safetensors import SafetensorError, safe_open
-
-    find = folder.rglob if below else folder.glob
-    for file in sorted(find("*.safetensors")):
-        try:
-            with safe_open(file, framework="numpy"):
-                pass
-        except SafetensorError:
-            yield f"its {file.name} is cut off or damaged"
-    for pattern in ("*.pt", "*.pth", "*.bin"):
-        for file in sorted(find(pattern)):
-            # torch.save writes a zip archive, whose directory is at its end.
-            if file.name != "training_args.bin" and not zipfile.is_zipfile(file):
-                yield f"its {file.name} is cut off or damaged"

@@ -63,9 +63,9 @@ class Measuring:
     @cached_property
     def base_context(self) -> int:
         """Tokens that the base model handles as it is."""
-        from longlora_plugin.evaluation.models import base_context, read_base_config
+        from longlora_plugin.evaluation.models import base_context
 
-        return base_context(self.recipe, read_base_config(self.recipe))
+        return base_context(self.recipe, self.recipe.base_config())
 
     @cached_property
     def tokenizers(self) -> dict[str, Any]:

@@ -49,14 +49,12 @@ def command(
 
 
 def _print_plan(out: Output, path: Path, gpu: str | None, gpus: int) -> dict[str, Any]:
-    from longlora_plugin.evaluation.models import read_base_config
     from longlora_plugin.plan import find_gpu, plan_run, planned_run
     from longlora_plugin.run.recipe import read_recipe
 
     card = find_gpu(gpu) if gpu else None
     recipe = read_recipe(path)
-    config = read_base_config(recipe)
-    run = planned_run(recipe, config, gpus)
+    run = planned_run(recipe, recipe.base_config(), gpus)
     plan = plan_run(recipe, run, card)
     _print_tables(out, plan)
     if out.plot:

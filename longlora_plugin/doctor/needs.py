@@ -75,15 +75,15 @@ def judge(path: Path, trials: Sequence[Trial], device: Mapping[str, Any]) -> Jud
 def _findings(raw: Mapping[str, Any], resolved: Mapping[str, Any]) -> Iterator[Finding]:
     """What is on and what is off; nothing where the recipe is wrong."""
     from longlora_plugin.args import parse_block
-    from longlora_plugin.run import prepare
 
     if not resolved:
         return
-    from longlora_plugin.host.compat import base_config
     from longlora_plugin.rope import rope_parameters_of
+    from longlora_plugin.run.axolotl_keys import adapter_keys
+    from longlora_plugin.run.base_model import base_config_of
 
     block = parse_block(raw.get("longlora"))
-    base = base_config(raw)
+    base = base_config_of(raw)
     before, after = rope_parameters_of(base), resolved["rope_parameters"]
     original, target = resolved["base_context"], resolved["target_context"]
     if before != after:
@@ -102,12 +102,12 @@ def _findings(raw: Mapping[str, Any], resolved: Mapping[str, Any]) -> Iterator[F
     if not adapter:
         yield Finding("adapter", False, "full fine-tune: every weight is trained")
     elif adapter == "longlora":
-        keys = {**prepare.adapter_keys(raw), **{k: v for k, v in raw.items() if k != "adapter"}}
+        keys = {**raw, **adapter_keys(raw)}
         targets = keys.get("lora_target_modules") or "every linear layer"
         yield Finding(
             "adapter",
             True,
-            f"longlora → {resolved['adapter']}: r {keys['lora_r']}, alpha {keys['lora_alpha']}, "
+            f"longlora → {keys['adapter']}: r {keys['lora_r']}, alpha {keys['lora_alpha']}, "
             f"on {targets if isinstance(targets, str) else ', '.join(targets)}",
         )
         yield _trained_beside(raw, block, model)
@@ -132,9 +132,9 @@ def _attention_findings(
     raw: Mapping[str, Any], block: Any, resolved: Mapping[str, Any], model: Any
 ) -> Iterator[Finding]:
     from longlora_plugin.attention.eligibility import eligible_layers
-    from longlora_plugin.run import prepare
+    from longlora_plugin.run.axolotl_keys import attention_implementation
 
-    implementation = prepare.attention_implementation(raw)
+    implementation = attention_implementation(raw)
     if not resolved["group_size"]:
         yield Finding("shifted attention", False, "longlora: {shifted_attention: false}")
         return
@@ -205,7 +205,7 @@ def _launcher(raw: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _lacking(raw: Mapping[str, Any], trials: Sequence[Trial]) -> tuple[list[str], list[str]]:
     """(what the recipe needs and was seen not to work, what it needs and was not tried)."""
-    from longlora_plugin.run.prepare import attention_implementation
+    from longlora_plugin.run.axolotl_keys import attention_implementation
 
     lacking, untried = [], []
     of_name = {trial.name: trial for trial in trials}

@@ -9,13 +9,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+from longlora_plugin.checkpoints.files import ADAPTER_CONFIG, weight_files
 
 
 @dataclass(frozen=True)
@@ -191,21 +190,13 @@ def _match_vocabulary(model: Any, adapter: Path) -> None:
 
     Training with new special tokens enlarges the embedding; stock PEFT then refuses the base.
     """
-    from safetensors import safe_open
+    from peft.utils.save_and_load import load_peft_weights
 
-    with safe_open(str(adapter / ADAPTER_WEIGHTS), framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-            if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight")):
-                rows = tensors.get_slice(name).get_shape()[0]
-                if rows != model.get_input_embeddings().weight.shape[0]:
-                    model.resize_token_embeddings(rows, mean_resizing=False)
-                return
-
-
-def weight_files(folder: Path) -> Iterable[Path]:
-    """Files of weights in `folder`, whatever their format."""
-    for pattern in ("*.safetensors", "*.bin", "*.gguf"):
-        yield from sorted(folder.glob(pattern))
+    for name, tensor in load_peft_weights(str(adapter), device="cpu").items():
+        if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight")):
+            if len(tensor) != model.get_input_embeddings().weight.shape[0]:
+                model.resize_token_embeddings(len(tensor), mean_resizing=False)
+            return
 
 
 def _fingerprint(name: str, config: Any) -> str:

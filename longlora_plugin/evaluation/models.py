@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Sequence
@@ -10,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.evaluation.loading import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    ModelSource,
-    read_adapter_config,
-    weight_files,
-)
+from longlora_plugin.checkpoints.files import ADAPTER_CONFIG, ADAPTER_FILES, is_adapter, is_model
+from longlora_plugin.evaluation.loading import ModelSource, read_adapter_config
+from longlora_plugin.rope import base_context_of
+from longlora_plugin.run.axolotl_keys import value_of
+from longlora_plugin.run.prepare import PreparedRun, asks_for_longlora, prepare_run
 from longlora_plugin.run.recipe import Recipe
 
 BASE, BASE_ROPE, ADAPTER, TRAINED, MERGED = "base", "base+rope", "adapter", "trained", "merged"
@@ -60,7 +57,7 @@ def model_sources(
     models = found.by_label()
     if adapter is not None and ADAPTER not in models:
         raise ValueError(
-            f"--adapter {adapter} has no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}; give the folder "
+            f"--adapter {adapter} has no {ADAPTER_CONFIG} with {ADAPTER_FILES[0]}; give the folder "
             "that training wrote"
         )
     if not labels:
@@ -95,8 +92,8 @@ class _Found:
     options: dict[str, Any]
 
     def by_label(self) -> dict[str, ModelSource]:
-        base_config = read_base_config(self.recipe)
-        extended = extended_config(self.recipe, base_config)
+        base_config = self.recipe.base_config()
+        extended = self.extended(base_config)
         models = {BASE: self.base(BASE, base_config)}
         if rope_of(extended) != rope_of(base_config):
             models[BASE_ROPE] = self.base(BASE_ROPE, extended)
@@ -106,6 +103,10 @@ class _Found:
         if is_model(output) and not is_adapter(output):
             models[TRAINED] = self.own_config(TRAINED, output)
         return models
+
+    def extended(self, base_config: Any) -> Any:
+        """The config that the recipe trains with."""
+        return prepared_run(self.recipe, base_config).config_of(base_config)
 
     def base(self, label: str, config: Any, adapter: Path | None = None) -> ModelSource:
         """The recipe's base model, with an adapter or without."""
@@ -124,8 +125,7 @@ class _Found:
     def anywhere(self, label: str, folder: Path) -> ModelSource:
         """A model or an adapter that the user names."""
         if is_adapter(folder):
-            extended = extended_config(self.recipe, read_base_config(self.recipe))
-            return self.base(label, extended, folder)
+            return self.base(label, self.extended(self.recipe.base_config()), folder)
         return self.own_config(label, folder)
 
     def own_config(self, label: str, folder: Path) -> ModelSource:
@@ -148,26 +148,6 @@ class _Found:
         return ModelSource(label, str(folder), config, str(tokenizer), load_options=options)
 
 
-def read_base_config(recipe: Recipe) -> Any:
-    """The base model's config.
-
-    Raises:
-        ValueError: it cannot be read; says what to write.
-    """
-    name = recipe.base_model
-    if name.startswith("~"):
-        raise ValueError(
-            f"base_model: {name}: Axolotl does not expand ~; write {Path(name).expanduser()}"
-        )
-    try:
-        return recipe.base_config()
-    except OSError as error:
-        raise ValueError(
-            f"base_model: cannot read the config of {name!r}; write a folder that holds its "
-            f"config.json, or a name the Hugging Face hub (or its cache) has: {error}"
-        ) from None
-
-
 def rope_notes(sources: Sequence[ModelSource]) -> list[str]:
     """What to tell of adapters whose run wrote another RoPE into its config than they get here."""
     notes = []
@@ -185,48 +165,27 @@ def rope_notes(sources: Sequence[ModelSource]) -> list[str]:
     return notes
 
 
-def extended_config(recipe: Recipe, base_config: Any) -> Any:
-    """The base model's config with the RoPE that the recipe trains with."""
-    config = copy.deepcopy(base_config)
-    block = recipe.block
-    if block is None or block.rope_preset == "none":
-        return config
-    from longlora_plugin.rope import apply_rope, resolve_rope
+def prepared_run(recipe: Recipe, base_config: Any) -> PreparedRun:
+    """The recipe's run.
 
-    settings = resolve_rope(
-        block.rope_preset,
-        base_config,
-        recipe.sequence_len,
-        original_context=block.original_context,
-        **block.rope_options,
-    )
-    apply_rope(config, settings)
-    return config
+    Raises:
+        ValueError: its RoPE cannot be decided.
+    """
+    run = prepare_run(recipe.raw, base_config)
+    if asks_for_longlora(recipe.raw):
+        run.resolved_rope()
+    return run
 
 
 def base_context(recipe: Recipe, base_config: Any) -> int:
     """Tokens that the base model handles before the recipe extends it."""
-    from longlora_plugin.rope import base_context_of
-
-    if recipe.block is not None and recipe.block.original_context is not None:
-        return recipe.block.original_context
-    return base_context_of(base_config)
+    return prepared_run(recipe, base_config).base_context or base_context_of(base_config)
 
 
 def rope_of(config: Any) -> tuple[Any, Any]:
     """What decides positions: `rope_parameters` and the maximum, which `dynamic` depends on."""
     text = config.get_text_config()
     return getattr(text, "rope_parameters", None), getattr(text, "max_position_embeddings", None)
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a trained PEFT adapter."""
-    return (folder / ADAPTER_CONFIG).is_file() and (folder / ADAPTER_WEIGHTS).is_file()
-
-
-def is_model(folder: Path) -> bool:
-    """Whether a folder holds a whole model."""
-    return (folder / "config.json").is_file() and any(weight_files(folder))
 
 
 def choose_dtype(raw: dict[str, Any], device: Any) -> Any:
@@ -274,8 +233,8 @@ def _load_options(raw: dict[str, Any], device_map: str | None) -> dict[str, Any]
     options: dict[str, Any] = {}
     if raw.get("trust_remote_code") is True:
         options["trust_remote_code"] = True
-    if raw.get("revision_of_model"):
-        options["revision"] = raw["revision_of_model"]
+    if revision := value_of(raw, "revision_of_model"):
+        options["revision"] = revision
     several = torch.cuda.device_count() > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1
     if device_map := device_map or raw.get("device_map") or ("auto" if several else None):
         options["device_map"] = device_map
@@ -291,7 +250,7 @@ def _missing(
 ) -> str:
     reasons = {
         BASE_ROPE: "the recipe leaves the base model's RoPE as it is",
-        ADAPTER: f"{adapter_folder} has no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}; train first, "
+        ADAPTER: f"{adapter_folder} has no {ADAPTER_CONFIG} with {ADAPTER_FILES[0]}; train first, "
         "or give --adapter FOLDER",
         TRAINED: f"{recipe.output_dir} has no config.json with model weights; train first",
         MERGED: f"{recipe.output_dir / MERGED} has no model; run axolotl merge-lora {recipe.path}",

@@ -21,7 +21,6 @@ __all__ = [
     "BasePlugin",
     "RecipeError",
     "after_merge",
-    "base_config",
     "is_duplicate_instance",
     "keys_for_merge",
     "log",
@@ -47,31 +46,6 @@ class RecipeError(ValueError, click.ClickException):
 
     def __init__(self, message: str) -> None:
         click.ClickException.__init__(self, message)
-
-
-def base_config(recipe: Mapping[str, Any]) -> Any:
-    """The base model's transformers config as Axolotl will load it, without its overrides."""
-    from axolotl.loaders.utils import load_model_config
-    from axolotl.utils.dict import DictDefault
-
-    keys = {
-        "base_model": ("base_model",),
-        "base_model_config": ("base_model_config",),
-        "cls_model_config": ("cls_model_config",),
-        "revision_of_model": ("revision_of_model", "model_revision"),
-        "trust_remote_code": ("trust_remote_code",),
-    }
-    wanted = {
-        key: next((recipe[name] for name in names if recipe.get(name)), None)
-        for key, names in keys.items()
-    }
-    try:
-        return load_model_config(DictDefault(wanted))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"base_model: cannot read the config of {recipe.get('base_model')!r}; write a folder "
-            f"that holds its config.json, or a name the Hugging Face hub has: {error}"
-        ) from None
 
 
 def is_duplicate_instance(plugin: BasePlugin) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.checkpoints.resume import checkpoints, why_no_adapter
+from longlora_plugin.checkpoints.files import checkpoints, why_no_adapter
 from longlora_plugin.merge.tensors import (
     INDEX,
     PREFIX,

@@ -13,7 +13,11 @@ from typing import Any
 from longlora_plugin.args import LongLoRAConfig
 from longlora_plugin.plan.memory import OPTIMIZERS, Training
 from longlora_plugin.plan.parameters import Parameters, count_parameters
-from longlora_plugin.run.prepare import LORA_DEFAULTS, LORA_TARGETS, attention_implementation
+from longlora_plugin.run.axolotl_keys import (
+    LORA_DEFAULTS,
+    LORA_TARGETS,
+    attention_implementation,
+)
 from longlora_plugin.run.recipe import Recipe
 
 DEEPSPEED_BUCKET = int(5e8)

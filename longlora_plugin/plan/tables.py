@@ -10,7 +10,6 @@ from longlora_plugin.attention.layout import AttentionPattern
 from longlora_plugin.plan.flops import forward_flops, step_flops
 from longlora_plugin.plan.from_recipe import (
     attention_of,
-    block_of,
     parameters_of,
     training_of,
     uses_own_attention,
@@ -20,6 +19,7 @@ from longlora_plugin.plan.gpus import GPUS, Gpu, find_gpu
 from longlora_plugin.plan.memory import GIB, Memory, Training, memory
 from longlora_plugin.plan.parameters import Parameters
 from longlora_plugin.plan.shape import ModelShape, meta_model, shape_of
+from longlora_plugin.run.prepare import prepare_run
 from longlora_plugin.run.recipe import Recipe
 
 STEP = 256
@@ -143,10 +143,11 @@ def planned_run(recipe: Recipe, config: Any, gpus: int = 1) -> Run:
 
     if gpus < 1:
         raise ValueError(f"--gpus: got {gpus}; write the number of GPUs, at least 1")
-    model = meta_model(config, trust_remote_code=recipe.raw.get("trust_remote_code") is True)
-    block = block_of(recipe)
-    if uses_shifted_attention(recipe):
-        block.group_size_for(recipe.sequence_len)  # its error comes before any figure
+    run = prepare_run(recipe.raw, config).checked()
+    model = meta_model(
+        run.config_of(config), trust_remote_code=recipe.raw.get("trust_remote_code") is True
+    )
+    block = run.block
     training, notes = training_of(recipe, gpus)
     share = block.full_attention_steps
     steps = recipe.raw.get("max_steps")

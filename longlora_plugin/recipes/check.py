@@ -7,17 +7,15 @@ Each room is asked on its own, so that one report holds all that is wrong.
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.args import LongLoRAConfig, parse_block
 from longlora_plugin.plan import find_gpu, meta_model, plan_run, planned_run
 from longlora_plugin.plan.from_recipe import training_of
-from longlora_plugin.run import prepare
+from longlora_plugin.run.base_model import base_config_of
+from longlora_plugin.run.prepare import PreparedRun, asks_for_longlora, prepare_run
 from longlora_plugin.run.recipe import Recipe, read_yaml
 
 AXOLOTLS_DEFAULTS = "Auto-enabling"
@@ -94,18 +92,18 @@ def check_recipe(
         return report
     report.problems += _repeated_keys(Path(path))
 
-    asks = prepare.asks_for_longlora(raw)
-    block = _block(raw, report) if asks else None
-    _check_plugin_line(raw, asks, report)
+    _check_plugin_line(raw, report)
     config = _base_config(raw, base_config, report)
-    lowered = _lowered(raw, block, config, report) if asks else dict(raw)
-    schema_is_fine = _check_schema(raw, lowered, gpu or ASSUMED_GPU, gpus, report)
+    run = prepare_run(raw, config)
+    report.problems += run.problems
+    if asks_for_longlora(raw):
+        _describe(raw, run, report)
+    schema_is_fine = _check_schema(raw, run, gpu or ASSUMED_GPU, gpus, report)
 
-    recipe = Recipe(Path(path), raw, block)
-    if config is not None and (block is not None or not asks):
-        config = _with_overrides(config, lowered)
-        sound = _check_model(recipe, config, report)
-        if sound and schema_is_fine:
+    recipe = Recipe(Path(path), raw, run.block if asks_for_longlora(raw) else None)
+    if config is not None:
+        sound = _check_model(recipe, run, config, report)
+        if sound and schema_is_fine and not run.problems:
             _check_memory(recipe, config, card, gpus, report)
     _check_deepspeed(recipe, report)
     # Two rooms may refuse the same value, each with its own advice: `key: got value; …`.
@@ -143,33 +141,15 @@ def _repeated_keys(path: Path) -> list[str]:
     return []
 
 
-def _block(raw: Mapping[str, Any], report: Report) -> LongLoRAConfig | None:
-    """The block; where keys of it are wrong, what is left of it, to be checked all the same."""
-    block = raw.get("longlora")
-    try:
-        return parse_block(block)
-    except ValueError as error:
-        lines = str(error).splitlines()
-    if not isinstance(block, Mapping) or not all(line.startswith("longlora") for line in lines):
-        report.problems.append("\n".join(lines))
-        return LongLoRAConfig()
-    report.problems += lines
-    wrong = {re.split(r"\W", line.removeprefix("longlora."), maxsplit=1)[0] for line in lines}
-    left = {key: value for key, value in block.items() if key not in wrong}
-    try:
-        return parse_block(left)
-    except ValueError:  # keys that contradict each other, and were reported
-        return LongLoRAConfig()
-
-
 def _plugins(raw: Mapping[str, Any]) -> list[str]:
     names = raw.get("plugins") or []
     return [str(name) for name in names] if isinstance(names, list) else [str(names)]
 
 
-def _check_plugin_line(raw: Mapping[str, Any], asks: bool, report: Report) -> None:
+def _check_plugin_line(raw: Mapping[str, Any], report: Report) -> None:
     from longlora_plugin.host import compat
 
+    asks = asks_for_longlora(raw)
     named = any(name.startswith("longlora_plugin") for name in _plugins(raw))
     if asks and not named and compat.LOADS_INSTALLED_PLUGINS:
         report.notes.append(
@@ -189,15 +169,13 @@ def _check_plugin_line(raw: Mapping[str, Any], asks: bool, report: Report) -> No
 
 
 def _base_config(raw: Mapping[str, Any], stand_in: str | None, report: Report) -> Any:
-    from longlora_plugin.host.compat import base_config
-
     if not raw.get("base_model"):
         return None  # the schema says so
     name = str(raw.get("base_model_config") or raw["base_model"])
     if stand_in:
         raw = {**raw, "base_model_config": stand_in}
     try:
-        return base_config(raw)
+        return base_config_of(raw)
     except Exception as told:
         # The host says it for a run, which needs the base; here the reason under it decides.
         error = told.__context__ if isinstance(told, ValueError) and told.__context__ else told
@@ -231,55 +209,40 @@ def _is_the_recipes_fault(name: str, error: BaseException) -> bool:
     return not isinstance(error, OSError)
 
 
-def _lowered(
-    raw: dict[str, Any], block: LongLoRAConfig | None, config: Any, report: Report
-) -> dict[str, Any]:
-    """The recipe as our `register` hands it to Axolotl, as far as it can be decided."""
-    lowered = {key: value for key, value in raw.items() if key != "longlora"}
-    if raw.get("adapter") == "longlora":
-        lowered |= prepare.adapter_keys(raw)
-    if block is None:
-        return lowered
-    found = prepare.problems(raw, block, config)
-    report.problems += found
-    if config is None or found:
-        return {**lowered, "longlora": block.model_dump(exclude_none=True)}
-    try:
-        updates, warnings = prepare.lower(raw, config)
-    except ValueError as error:
-        report.problems.append(str(error))
-        return lowered
-    report.notes += warnings
-    lowered = {**raw, **updates}
-    decided = updates["longlora"]["resolved"]
-    report.resolved = {
-        "adapter": lowered.get("adapter"),
-        "group_size": decided["group_size"],
-        "base_context": decided["base_context"],
-        "target_context": decided["target_context"],
-        "rope_parameters": decided["rope_after"],
-    }
-    if block.shifted_attention and block.full_attention_below >= decided["target_context"]:
+def _describe(raw: Mapping[str, Any], run: PreparedRun, report: Report) -> None:
+    """What the recipe comes to, and what of it has no effect."""
+    report.notes += run.warnings
+    if run.rope is not None and not run.problems:
+        report.resolved = {
+            "adapter": run.adapter,
+            "group_size": run.group_size,
+            "base_context": run.base_context,
+            "target_context": run.target_context,
+            "rope_parameters": run.rope.rope_parameters,
+        }
+    if run.group_size and run.full_attention_below >= run.target_context:
         report.notes.append(
-            f"longlora.full_attention_below: {block.full_attention_below} covers every row of "
-            f"sequence_len: {decided['target_context']}, so shifted attention never runs"
+            f"longlora.full_attention_below: {run.full_attention_below} covers every row of "
+            f"sequence_len: {run.target_context}, so shifted attention never runs"
         )
-    if raw.get("adapter") != "longlora" and "trainable" in (raw.get("longlora") or {}):
+    if run.adapter != "longlora" and "trainable" in run.block.model_fields_set:
         report.notes.append(
-            f"longlora.trainable is not used with adapter: {raw.get('adapter')}; it is with "
+            f"longlora.trainable is not used with adapter: {run.adapter}; it is with "
             "adapter: longlora"
         )
-    return lowered
 
 
 def _check_schema(
-    raw: Mapping[str, Any], lowered: dict[str, Any], gpu: str, gpus: int, report: Report
+    raw: Mapping[str, Any], run: PreparedRun, gpu: str, gpus: int, report: Report
 ) -> bool:
     from longlora_plugin.host.schema import check_schema
 
+    lowered = {**raw, **run.updates}
     named = _plugins(raw)
-    if "longlora" in lowered and not any(name.startswith("longlora_plugin") for name in named):
-        lowered = {**lowered, "plugins": [*named, PLUGIN]}
+    if asks_for_longlora(raw):
+        lowered["longlora"] = run.block.model_dump(exclude_none=True)
+        if not any(name.startswith("longlora_plugin") for name in named):
+            lowered["plugins"] = [*named, PLUGIN]
     found = check_schema(lowered, capabilities_of(gpu, gpus))
     report.problems += found.problems
     report.notes += [text for text in found.warnings if not text.startswith(AXOLOTLS_DEFAULTS)]
@@ -296,45 +259,38 @@ def _check_schema(
     return not found.problems
 
 
-def _with_overrides(config: Any, lowered: Mapping[str, Any]) -> Any:
-    """The base's config with the recipe's `model_config`, as Axolotl will build the model."""
-    config = copy.deepcopy(config)
-    for section in prepare.MODEL_CONFIG_KEYS:
-        for key, value in (lowered.get(section) or {}).items():
-            setattr(config, key, value)
-    return config
-
-
-def _check_model(recipe: Recipe, config: Any, report: Report) -> bool:
+def _check_model(recipe: Recipe, run: PreparedRun, base_config: Any, report: Report) -> bool:
     """Ask the model, built without weights, which modules train and which layers S²-Attn covers."""
     from longlora_plugin.attention import enable_shifted_attention
     from longlora_plugin.registry import find
 
     before = len(report.problems)
     try:
-        model = meta_model(config, trust_remote_code=recipe.raw.get("trust_remote_code") is True)
+        model = meta_model(
+            run.config_of(base_config),
+            trust_remote_code=recipe.raw.get("trust_remote_code") is True,
+        )
     except Exception as error:
         report.notes.append(f"the model cannot be built from its config here: {error}")
         return False
-    block = recipe.block
-    if block is None:
-        return True
-    if recipe.adapter == "longlora":
-        for kind in block.trainable:
-            try:
-                select = find("longlora_trainable_modules", kind, what="kind of trainable modules")
-                names = select(model)
-            except ValueError as error:
-                report.problems.append(str(error))
-                continue
-            if not names:
-                report.notes.append(f"longlora.trainable: {kind}: this model has none")
-    if block.shifted_attention and report.resolved:
+    for kind in run.trainable:
+        try:
+            select = find("longlora_trainable_modules", kind, what="kind of trainable modules")
+            names = select(model)
+        except ValueError as error:
+            report.problems.append(str(error))
+            continue
+        if not names:
+            report.notes.append(f"longlora.trainable: {kind}: this model has none")
+    if run.group_size and not run.problems:
         try:
             handle = enable_shifted_attention(
                 model,
-                group_size=report.resolved["group_size"],
-                full_attention_below=block.full_attention_below,
+                group_size=run.group_size,
+                full_attention_below=run.full_attention_below,
+                pattern=find(
+                    "longlora_attention_patterns", run.attention_pattern, what="attention pattern"
+                ),
             )
         except ValueError as error:
             report.problems.append(str(error))

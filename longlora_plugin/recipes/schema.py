@@ -16,8 +16,6 @@ def recipe_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe's `longlora:` block and `adapter`."""
     block = LongLoRAConfig.model_json_schema()
     properties = block["properties"]
-    properties.pop("resolved")  # the plugin's own
-    block.pop("$defs", None)
     presets = {"enum": sorted(provided("longlora_rope_presets"))}
     properties["rope"]["anyOf"] = [
         presets,

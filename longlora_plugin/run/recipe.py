@@ -49,15 +49,9 @@ class Recipe:
 
     def base_config(self) -> Any:
         """The base model's transformers config (loads torch; reads no weights)."""
-        from transformers import AutoConfig
+        from longlora_plugin.run.base_model import base_config_of
 
-        options = {}
-        if self.raw.get("revision_of_model"):
-            options["revision"] = self.raw["revision_of_model"]
-        name = self.raw.get("base_model_config") or self.base_model
-        return AutoConfig.from_pretrained(
-            name, trust_remote_code=self.raw.get("trust_remote_code") is True, **options
-        )
+        return base_config_of(self.raw)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

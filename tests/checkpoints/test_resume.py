@@ -10,8 +10,9 @@ import torch
 import trainer_runs
 from trainer_runs import Run
 
-from longlora_plugin.checkpoints.resume import checkpoints, choose_checkpoint, why_not_resumable
-from longlora_plugin.run.prepare import lower
+from longlora_plugin.checkpoints.files import checkpoints
+from longlora_plugin.checkpoints.resume import choose_checkpoint, why_not_resumable
+from longlora_plugin.run.prepare import prepare_run
 
 pytestmark = pytest.mark.e2e
 
@@ -169,10 +170,10 @@ def test_a_recipe_that_continues_from_a_damaged_adapter_is_refused(
         "sequence_len": 128,
         "lora_model_dir": str(run_folder / "checkpoint-6"),
     }
-    lower(recipe, AutoConfig.from_pretrained(model))
+    prepare_run(recipe, AutoConfig.from_pretrained(model)).checked()
     damage(run_folder / "checkpoint-6")
     with pytest.raises(ValueError, match=r"lora_model_dir: .* holds no adapter") as error:
-        lower(recipe, AutoConfig.from_pretrained(model))
+        prepare_run(recipe, AutoConfig.from_pretrained(model)).checked()
     assert problem in str(error.value)
 
 

@@ -166,18 +166,17 @@ def test_zero3_settings_that_would_load_the_base_in_fp32_are_refused(tmp_path, t
 
     from transformers import AutoConfig
 
-    from longlora_plugin.run.prepare import lower
+    from longlora_plugin.run.prepare import prepare_run
 
     settings = json.loads((DEEPSPEED / "zero3.json").read_text())
     settings["bf16"]["enabled"] = "auto"
     (tmp_path / "auto.json").write_text(json.dumps(settings))
     model = tiny_model_dir("untied")
     recipe = {"base_model": str(model), "adapter": "longlora", "sequence_len": 128, "bf16": True}
-    lower({**recipe, "deepspeed": str(DEEPSPEED / "zero3.json")}, AutoConfig.from_pretrained(model))
-    with pytest.raises(ValueError, match=r'Write "enabled": true'):
-        lower(
-            {**recipe, "deepspeed": str(tmp_path / "auto.json")}, AutoConfig.from_pretrained(model)
-        )
+    config = AutoConfig.from_pretrained(model)
+    assert not prepare_run({**recipe, "deepspeed": str(DEEPSPEED / "zero3.json")}, config).problems
+    (problem,) = prepare_run({**recipe, "deepspeed": str(tmp_path / "auto.json")}, config).problems
+    assert 'Write "enabled": true' in problem
 
 
 def small_peft_model(**lora: object):

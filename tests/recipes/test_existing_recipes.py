@@ -16,10 +16,10 @@ import base_configs
 import pytest
 import yaml
 
-from longlora_plugin.host.compat import base_config
 from longlora_plugin.host.schema import check_schema
 from longlora_plugin.recipes.check import ASSUMED_GPU, PLUGIN, capabilities_of, check_recipe
 from longlora_plugin.run import prepare
+from longlora_plugin.run.base_model import base_config_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -576,8 +576,9 @@ def test_two_lines_make_a_stock_recipe_longlora_and_change_nothing_else(name, tm
     assert before.problems == []  # it is a right recipe without us
 
     ours = with_our_two_lines(raw)
-    updates, _ = prepare.lower(ours, base_config(ours))
-    after = check_schema({**ours, **updates}, capabilities)
+    run = prepare.prepare_run(ours, base_config_of(ours)).checked()
+    block = run.block.model_dump(exclude_none=True)
+    after = check_schema({**ours, **run.updates, "longlora": block}, capabilities)
     assert (after.problems, after.unknown) == ([], {})
 
     changed = {
@@ -590,16 +591,15 @@ def test_two_lines_make_a_stock_recipe_longlora_and_change_nothing_else(name, tm
     for key, value in stock.lora.items():
         assert after.config[key] == value
 
-    resolved = after.config["longlora"]["resolved"]
-    assert resolved["adapter"] == "longlora"
-    assert resolved["group_size"] == stock.group
-    assert stock.rope.items() <= resolved["rope_after"].items()
+    assert run.adapter == "longlora"
+    assert run.group_size == stock.group
+    assert stock.rope.items() <= run.rope.rope_parameters.items()
     written = after.config.get("overrides_of_model_config") or {}
     if stock.extends is None:
         assert written == {}
     else:
-        assert (resolved["base_context"], resolved["target_context"]) == stock.extends
-        assert written["rope_parameters"] == resolved["rope_after"]
+        assert (run.base_context, run.target_context) == stock.extends
+        assert written["rope_parameters"] == run.rope.rope_parameters
         assert written["max_position_embeddings"] == stock.extends[1]
 
 

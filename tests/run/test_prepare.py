@@ -14,7 +14,7 @@ from transformers import (
     MistralConfig,
 )
 
-from longlora_plugin.run.prepare import asks_for_longlora, lower
+from longlora_plugin.run.prepare import asks_for_longlora, prepare_run
 
 
 def llama(**overrides):
@@ -30,13 +30,17 @@ def recipe(**overrides):
     }
 
 
-def lowered(raw, config=None):
-    updates, _ = lower(raw, config or llama())
-    return {**raw, **updates}
+def prepared(raw, config=None):
+    return prepare_run(raw, config or llama()).checked()
+
+
+def written(raw, config=None):
+    """The recipe as Axolotl gets it."""
+    return {**raw, **prepared(raw, config).updates}
 
 
 def test_two_lines_become_the_papers_recipe():
-    result = lowered(recipe())
+    result = written(recipe())
     assert result["adapter"] == "lora"
     assert (result["lora_r"], result["lora_alpha"], result["lora_dropout"]) == (8, 16, 0.0)
     assert result["lora_target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -46,27 +50,28 @@ def test_two_lines_become_the_papers_recipe():
         "factor": 8.0,
         "rope_theta": 10000.0,
     }
-    assert result["longlora"]["resolved"]["group_size"] == 8192
+    assert prepared(recipe()).group_size == 8192
 
 
 def test_four_bit_base_becomes_qlora_and_eight_bit_lora():
-    assert lowered(recipe(load_in_4bit=True))["adapter"] == "qlora"
-    assert lowered(recipe(load_in_8bit=True))["adapter"] == "lora"
+    assert written(recipe(load_in_4bit=True))["adapter"] == "qlora"
+    assert written(recipe(load_in_8bit=True))["adapter"] == "lora"
 
 
 def test_the_recipes_own_lora_settings_win():
     raw = recipe(lora_r=64, lora_alpha=32, lora_dropout=0.1, lora_target_linear=True)
-    result = lowered(raw)
+    result = written(raw)
     assert (result["lora_r"], result["lora_alpha"], result["lora_dropout"]) == (64, 32, 0.1)
     assert "lora_target_modules" not in result
 
 
 @pytest.mark.parametrize("adapter", ["lora", "qlora", None])
 def test_a_block_with_another_adapter_leaves_the_adapter_alone(adapter):
-    result = lowered(recipe(adapter=adapter, longlora={}))
+    result = written(recipe(adapter=adapter, longlora={}))
     assert result["adapter"] == adapter
     assert "lora_r" not in result
-    assert result["longlora"]["resolved"]["adapter"] == adapter
+    run = prepared(recipe(adapter=adapter, longlora={}))
+    assert (run.adapter, run.trainable) == (adapter, ())
 
 
 def test_recipe_without_our_keys_does_not_ask():
@@ -76,46 +81,40 @@ def test_recipe_without_our_keys_does_not_ask():
     assert asks_for_longlora({"adapter": "longlora"})
 
 
-def test_lowering_twice_changes_nothing():
-    once = lowered(recipe())
-    updates, warnings = lower(once, llama())
-    assert (updates, warnings) == ({}, [])
-
-
 def test_neither_recipe_nor_base_config_is_changed():
     raw, config = recipe(model_config={"attention_bias": False}), llama()
     before = copy.deepcopy(raw), config.to_dict()
-    lower(raw, config)
+    prepare_run(raw, config)
     assert (raw, config.to_dict()) == before
 
 
 def test_other_model_config_overrides_are_kept():
-    result = lowered(recipe(model_config={"sliding_window": None}))
+    result = written(recipe(model_config={"sliding_window": None}))
     assert result["model_config"]["sliding_window"] is None
     assert result["model_config"]["rope_parameters"]["rope_type"] == "linear"
 
 
 def test_rope_none_leaves_model_config_alone():
-    assert "model_config" not in lowered(recipe(longlora={"rope": "none"}))
+    assert "model_config" not in written(recipe(longlora={"rope": "none"}))
 
 
 def test_the_recipes_own_rope_with_ours_off_is_accepted():
     own = {"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4}}
-    result = lowered(recipe(model_config=own, longlora={"rope": "none"}))
+    result = written(recipe(model_config=own, longlora={"rope": "none"}))
     assert result["model_config"] == own
 
 
 def test_no_extension_is_a_warning_and_shifted_attention_stays():
-    updates, warnings = lower(recipe(sequence_len=2048), llama())
-    assert "2048 is not above the 4096 tokens" in warnings[0]
-    assert "S²-Attn still runs" in warnings[0]
-    assert "model_config" not in updates
-    assert updates["longlora"]["resolved"]["group_size"] == 512
+    run = prepared(recipe(sequence_len=2048))
+    assert "2048 is not above the 4096 tokens" in run.warnings[0]
+    assert "S²-Attn still runs" in run.warnings[0]
+    assert "model_config" not in run.updates
+    assert (run.model_config, run.rope_fields) == ({}, {})
+    assert run.group_size == 512
 
 
 def test_missing_sequence_len_is_axolotls_default():
-    updates, _ = lower({"base_model": "x", "adapter": "longlora"}, llama())
-    assert updates["longlora"]["resolved"]["target_context"] == 512
+    assert prepared({"base_model": "x", "adapter": "longlora"}).target_context == 512
 
 
 @pytest.mark.parametrize(
@@ -161,15 +160,15 @@ def test_missing_sequence_len_is_axolotls_default():
 )
 def test_wrong_recipe_is_refused_with_what_to_write(raw, config, says):
     with pytest.raises(ValueError, match=r".") as error:
-        lower(raw, config)
+        prepare_run(raw, config).checked()
     for part in says:
         assert part in str(error.value), str(error.value)
 
 
 def test_sliding_window_families_are_judged_on_the_built_model_only():
-    lower(recipe(), MistralConfig())
+    assert not prepare_run(recipe(), MistralConfig()).problems
 
 
 @pytest.mark.parametrize("flag", ["flash_attention", "sdp_attention", "eager_attention"])
 def test_legacy_attention_flags_are_understood(flag):
-    lower(recipe(**{flag: True}), llama())
+    assert not prepare_run(recipe(**{flag: True}), llama()).problems

@@ -1,0 +1,168 @@
+"""What is wrong with a recipe: every check on its own, so that one report holds all of it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from longlora_plugin.args import LongLoRAConfig, parse_block
+from longlora_plugin.registry import find
+from longlora_plugin.rope import RopeSettings
+from longlora_plugin.run.axolotl_keys import (
+    ROPE_KEYS,
+    attention_implementation,
+    model_config_of,
+    value_of,
+)
+
+
+def block_of(recipe: Mapping[str, Any]) -> tuple[LongLoRAConfig, list[str]]:
+    """The `longlora:` block, and what is wrong with it.
+
+    Where keys are wrong, the block is what is left without them, to be checked all the same.
+    """
+    given = recipe.get("longlora")
+    try:
+        return parse_block(given), []
+    except ValueError as error:
+        lines = str(error).splitlines()
+    if not isinstance(given, Mapping) or not all(line.startswith("longlora") for line in lines):
+        return LongLoRAConfig(), ["\n".join(lines)]
+    wrong = {re.split(r"\W", line.removeprefix("longlora."), maxsplit=1)[0] for line in lines}
+    try:
+        return parse_block({key: value for key, value in given.items() if key not in wrong}), lines
+    except ValueError:  # keys that contradict each other, and were reported
+        return LongLoRAConfig(), lines
+
+
+def problems_of(
+    recipe: Mapping[str, Any], block: LongLoRAConfig, base_config: Any, sequence_len: int
+) -> Iterator[str]:
+    """Everything that is wrong with a recipe except how its RoPE resolves.
+
+    Args:
+        base_config: None where the base model's config cannot be read; what needs it is left out.
+    """
+    checks: list[Callable[[], Any]] = []
+    if block.shifted_attention:
+        checks += [
+            partial(block.group_size_for, sequence_len),
+            partial(_check_attention, recipe),
+            partial(
+                find,
+                "longlora_attention_patterns",
+                block.attention_pattern,
+                what="attention pattern",
+            ),
+        ]
+        if base_config is not None:
+            checks.append(partial(_check_family, recipe, base_config))
+    checks += [
+        partial(find, "longlora_trainable_modules", kind, what="kind of trainable modules")
+        for kind in block.trainable
+    ]
+    if base_config is None:
+        checks.append(partial(find, "longlora_rope_presets", block.rope_preset, what="RoPE preset"))
+    if recipe.get("adapter") == "longlora":
+        checks.append(partial(_check_zero3, recipe))
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            yield str(error)
+
+
+def check_rope_is_ours(
+    recipe: Mapping[str, Any], block: LongLoRAConfig, settings: RopeSettings | None
+) -> None:
+    """Raise ValueError where another key of the recipe would decide RoPE as well."""
+    own = model_config_of(recipe)
+    if block.rope_preset == "none":
+        return
+    ours = {*ROPE_KEYS, *(settings.config_fields if settings else ())}
+    theirs = ", ".join(f"model_config.{key}: {own[key]}" for key in own if key in ours)
+    if theirs:
+        raise ValueError(
+            f"two answers to how RoPE is scaled: longlora.rope: {block.rope_preset} and {theirs}; "
+            "keep one: remove the model_config keys, or write longlora: {rope: none}"
+        )
+    keywords = value_of(recipe, "overrides_of_model_kwargs") or {}
+    instead = sorted({"config", *ours} & set(keywords))
+    if instead:
+        raise ValueError(
+            f"model_kwargs.{instead[0]}: {keywords[instead[0]]} would build the model without "
+            f"longlora.rope: {block.rope_preset}; remove it, or write longlora: {{rope: none}}"
+        )
+
+
+def check_rope_can_be_written(
+    recipe: Mapping[str, Any], base_config: Any, settings: RopeSettings
+) -> None:
+    """Raise ValueError where Axolotl has no key for the RoPE of this kind of model."""
+    if settings.extended and base_config.get_text_config() is not base_config:
+        raise ValueError(
+            f"{recipe.get('base_model')} is a multimodal model ({base_config.model_type}); RoPE of "
+            "its text decoder cannot be set through Axolotl's model_config. Write "
+            "longlora: {rope: none}, or use the text-only model"
+        )
+
+
+def _check_zero3(recipe: Mapping[str, Any]) -> None:
+    path = recipe.get("deepspeed")
+    if not path or not Path(str(path)).is_file():
+        return  # given in another way, or Axolotl's to report
+    try:
+        settings = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"deepspeed: {path} is not valid JSON: {error}") from None
+    if (settings.get("zero_optimization") or {}).get("stage") != 3:
+        return
+    if (settings.get("bf16") or {}).get("enabled") == "auto" and recipe.get("bf16"):
+        raise ValueError(
+            f'deepspeed: {path} has "bf16": {{"enabled": "auto"}}; under ZeRO-3 Axolotl loads the '
+            "model before DeepSpeed learns what auto means, and gets it in fp32. Write "
+            '"enabled": true, as in examples/configs/deepspeed/zero3.json'
+        )
+
+
+def _check_attention(recipe: Mapping[str, Any]) -> None:
+    from longlora_plugin.attention.backends import backend_for
+
+    backend_for(attention_implementation(recipe))
+    if (recipe.get("context_parallel_size") or 1) > 1:
+        raise ValueError(
+            "shifted attention does not work with context_parallel_size: "
+            f"{recipe['context_parallel_size']}, which gives each GPU a part of the row; remove "
+            "it, or write longlora: {shifted_attention: false}"
+        )
+
+
+def _check_family(recipe: Mapping[str, Any], base_config: Any) -> None:
+    if recipe.get("trust_remote_code"):
+        return  # the model's file is not transformers'; the built model is checked
+    if not uses_attention_interface(base_config):
+        raise ValueError(
+            f"shifted attention does not support {recipe.get('base_model')} "
+            f"({base_config.model_type}): its attention does not go through transformers' "
+            "attention interface; write longlora: {shifted_attention: false}"
+        )
+
+
+def uses_attention_interface(base_config: Any) -> bool:
+    """Whether the family's modelling file calls attention through transformers' registry."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model_class = AutoModelForCausalLM._model_mapping[type(base_config)]
+    except KeyError:
+        return True  # not a plain causal language model; the built model is checked
+    if isinstance(model_class, tuple):
+        model_class = model_class[0]
+    module = sys.modules[model_class.__module__]
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module)
