@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from longlora_plugin.cli.dataclass_options import dataclass_options
+from longlora_plugin.longqa.documents import Limits
+from longlora_plugin.longqa.endpoint import Requests
+from longlora_plugin.longqa.settings import Settings
 
 if TYPE_CHECKING:
     from longlora_plugin.longqa.settings import Report
     from longlora_plugin.longqa.stats import Statistics
 
 FILE = click.Path(dir_okay=False, path_type=Path)
+Kind = TypeVar("Kind", Settings, Limits, Requests)
 SHARE = click.FloatRange(0, 1, max_open=True)
 POSITIVE = click.IntRange(min=1)
 
@@ -28,30 +35,7 @@ def command() -> None:
 @click.argument("out", type=FILE)
 @click.option("--tokenizer", required=True, help="Folder or name of the model's tokenizer.")
 @click.option("--context", required=True, type=POSITIVE, help="Tokens a row may have, as trained.")
-@click.option("--seed", default=0, show_default=True, help="Of every choice.")
-@click.option(
-    "--layout",
-    type=click.Choice(["alpaca", "chat"]),
-    default="alpaca",
-    show_default=True,
-    help="instruction and output, or messages.",
-)
-@click.option("--questions", type=POSITIVE, help="Pairs for each window.  [default: 6]")
-@click.option("--task", "tasks", multiple=True, help="Only this task; may be repeated.")
-@click.option(
-    "--kind",
-    type=click.Choice(["paper", "book", "report", "code"]),
-    help="Of every document; default: judged for each.",
-)
-@click.option("--encoding", help="Of text files that are not UTF-8; default: detected.")
-@click.option("--language", default="en", show_default=True, help="ISO 639 code, for sentences.")
-@click.option(
-    "--validation-share",
-    type=SHARE,
-    default=0.0,
-    show_default=True,
-    help="Share of documents set apart; their rows go to OUT.validation.jsonl.",
-)
+@dataclass_options(Settings)
 @click.option(
     "--short",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -60,44 +44,9 @@ def command() -> None:
 @click.option(
     "--short-share", type=SHARE, help="Share of short rows.  [default with --short: 0.25]"
 )
-@click.option(
-    "--near-duplicates",
-    type=click.FloatRange(0.3, 2),
-    help="Similarity from which two pairs count as one; above 1: keep all.  [default: 0.8]",
-)
-@click.option("--max-file-mb", type=float, help="Larger files are skipped.  [default: 64]")
-@click.option("--read-seconds", type=float, help="Limit for parsing one file.  [default: 120]")
-@click.option("--base-url", help="OpenAI-compatible endpoint, up to /v1; without it no model.")
+@dataclass_options(Limits)
 @click.option("--model", help="Model at the endpoint.")
-@click.option(
-    "--api-key-env",
-    metavar="NAME",
-    help="Environment variable that holds the API key.  [default: OPENAI_API_KEY]",
-)
-@click.option(
-    "--concurrency", type=POSITIVE, default=4, show_default=True, help="Requests at once."
-)
-@click.option(
-    "--retries",
-    type=click.IntRange(min=0),
-    default=5,
-    show_default=True,
-    help="After time-outs, 429 and 5xx, with back-off.",
-)
-@click.option("--timeout", type=float, default=300, show_default=True, help="Seconds for a reply.")
-@click.option("--temperature", type=float, default=0.7, show_default=True)
-@click.option("--answer-tokens", type=POSITIVE, help="Longest answer.  [default: 300]")
-@click.option(
-    "--evidence-edits",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Characters by which a quote may differ from the document.",
-)
-@click.option("--max-tokens", type=POSITIVE, help="Budget: tokens of all requests of all runs.")
-@click.option("--max-cost", type=float, help="Budget in money; needs both prices.")
-@click.option("--price-prompt", type=float, help="Price of a million prompt tokens.")
-@click.option("--price-completion", type=float, help="Price of a million completion tokens.")
+@dataclass_options(Requests)
 @click.option("--dry-run", is_flag=True, help="Say what would be asked and cost; write nothing.")
 @click.option("--strict", is_flag=True, help="Exit with 3 where a document was skipped.")
 @click.option("--json", "json_path", type=FILE, help="Write the report here.")
@@ -115,7 +64,7 @@ def build(source: Path, out: Path, **options: Any) -> None:
         report = _build(source, out, options)
     except (ValueError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from error
-    _show_report(report, out, dry_run=options["dry_run"])
+    _show_report(report, source, out, dry_run=options["dry_run"])
     if options["json_path"]:
         _write_json(options["json_path"], report.as_json())
     exit_code = report.exit_code
@@ -125,62 +74,29 @@ def build(source: Path, out: Path, **options: Any) -> None:
 
 
 def _build(source: Path, out: Path, options: dict[str, Any]) -> Report:
-    from longlora_plugin.longqa import endpoint as endpoints
     from longlora_plugin.longqa.build import Builder
     from longlora_plugin.longqa.documents import Reader
-    from longlora_plugin.longqa.settings import Settings
+    from longlora_plugin.longqa.endpoint import Endpoint
     from longlora_plugin.longqa.short import read_short
 
     if (options["base_url"] is None) != (options["model"] is None):
         raise ValueError("--base-url and --model go together; give both, or neither")
-    for name in ("max_tokens", "max_cost", "api_key_env"):
+    for name in ("max_tokens", "api_key_env"):
         if options[name] is not None and options["base_url"] is None:
             raise ValueError(
                 f"--{name.replace('_', '-')} is about a model; add --base-url, --model"
             )
     if options["short_share"] is not None and options["short"] is None:
         raise ValueError("--short-share needs --short FILE, the short instructions")
-    if options["short"] and options["short_share"] is None:
-        options["short_share"] = 0.25
-    chosen = {
-        "questions": options["questions"],
-        "tasks": tuple(options["tasks"]) or None,
-        "short_share": options["short_share"],
-        "answer_tokens": options["answer_tokens"],
-        "similar": options["near_duplicates"],
-    }
-    settings = Settings(
-        **{name: options[name] for name in ("context", "seed", "layout", "kind", "language")},
-        **{name: options[name] for name in ("validation_share", "model", "evidence_edits")},
-        **{name: value for name, value in chosen.items() if value is not None},
-    )
-    limits = {
-        "max_file_mb": options["max_file_mb"],
-        "seconds": options["read_seconds"],
-        "encoding": options["encoding"],
-    }
-    endpoint = budget = None
-    if options["base_url"]:
-        budget = endpoints.Budget(
-            max_tokens=options["max_tokens"],
-            max_cost=options["max_cost"],
-            prices=endpoints.Prices(options["price_prompt"], options["price_completion"]),
-        )
-        endpoint = endpoints.Endpoint(
-            options["base_url"],
-            options["model"],
-            key=endpoints.read_key(options["api_key_env"]),
-            seconds=options["timeout"],
-            retries=options["retries"],
-            temperature=options["temperature"],
-            answer_tokens=settings.answer_tokens,
-        )
+    if options["short_share"] is None:
+        options["short_share"] = 0.25 if options["short"] else 0.0
+    settings, limits = _pick(Settings, options), _pick(Limits, options)
+    endpoint = None
+    if options["model"]:
+        endpoint = Endpoint(_pick(Requests, options), options["model"], settings.answer_tokens)
     short = read_short(options["short"]) if options["short"] else []
     tokenizer = _load_tokenizer(options["tokenizer"])
-    with (
-        Reader(**{name: value for name, value in limits.items() if value is not None}) as reader,
-        _Progress() as notify,
-    ):
+    with Reader(limits) as reader, _Progress() as notify:
         builder = Builder(
             source,
             out,
@@ -188,12 +104,14 @@ def _build(source: Path, out: Path, options: dict[str, Any]) -> Report:
             tokenizer=tokenizer,
             reader=reader,
             endpoint=endpoint,
-            budget=budget,
-            concurrency=options["concurrency"],
             short=short,
-            notify=notify,
         )
+        builder.notify = notify
         return builder.dry_run() if options["dry_run"] else builder.run()
+
+
+def _pick(kind: type[Kind], options: dict[str, Any]) -> Kind:
+    return kind(**{field.name: options[field.name] for field in fields(kind)})
 
 
 def _load_tokenizer(name: str) -> Any:
@@ -240,7 +158,7 @@ class _Progress:
         )
 
 
-def _show_report(report: Report, out: Path, *, dry_run: bool) -> None:
+def _show_report(report: Report, source: Path, out: Path, *, dry_run: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -256,9 +174,6 @@ def _show_report(report: Report, out: Path, *, dry_run: bool) -> None:
         if any(report.tokens):
             table.add_row("prompt tokens", f"{report.tokens[0]:,}")
             table.add_row("completion tokens, at most", f"{report.tokens[1]:,}")
-            said = "give --price-prompt, --price-completion"
-            cost = report.cost
-            table.add_row("cost, at most", said if cost is None else f"{cost:,.4f}")
     for name, number in report.pairs.items():
         table.add_row(f"pairs: {name}", f"{number:,}")
     for name, number in report.tasks.items():
@@ -269,20 +184,22 @@ def _show_report(report: Report, out: Path, *, dry_run: bool) -> None:
         table.add_row("sentences longer than a window, left out", f"{report.left_out:,}")
     if any(report.tokens) and not dry_run:
         table.add_row("tokens spent", f"{sum(report.tokens):,}")
-        if report.cost is not None:
-            table.add_row("cost", f"{report.cost:,.4f}")
     console.print(table)
     for name, why in report.skipped.items():
         console.print(f"[yellow]skipped[/] {escape(name)}: {escape(why)}", highlight=False)
     for name, twin in report.duplicates.items():
         console.print(f"[yellow]skipped[/] {escape(name)}: nearly the same as {escape(twin)}")
+    for name, why in report.barren.items():
+        console.print(f"[yellow]no pairs[/] from {escape(name)}: {escape(why)}", highlight=False)
     for why, number in report.failed.items():
         console.print(f"[red]{number} requests failed[/]: {escape(why)}", highlight=False)
     if report.stopped:
         click.echo(f"Stopped: {report.stopped}", err=True)
     elif not dry_run and not report.pairs.total():
         click.echo(
-            "No pairs: no document gave a question; see what was skipped and dropped above",
+            "No pairs: no document gave a question; the lines above say why for each"
+            if report.skipped or report.barren or report.duplicates
+            else f"No pairs: there is no document in {source}",
             err=True,
         )
     elif report.failed:

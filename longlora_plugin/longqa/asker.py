@@ -1,4 +1,4 @@
-"""Questions about units to a model at an endpoint, several at a time, within a budget."""
+"""Questions about units to a model at an endpoint, several at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from longlora_plugin.longqa.endpoint import (
-    Budget,
     Endpoint,
     EndpointError,
     EndpointStop,
@@ -35,18 +34,15 @@ class Asker:
         report: Report,
         interrupt: Interrupt,
         endpoint: Endpoint,
-        budget: Budget | None,
-        concurrency: int,
     ) -> None:
         self.composer, self.journal, self.report = composer, journal, report
-        self.interrupt, self.endpoint, self.budget = interrupt, endpoint, budget
-        self.concurrency = concurrency
-        self.pool = ThreadPoolExecutor(concurrency)
+        self.interrupt, self.endpoint = interrupt, endpoint
+        self.concurrency = endpoint.requests.concurrency
+        self.max_tokens = endpoint.requests.max_tokens
+        self.pool = ThreadPoolExecutor(self.concurrency)
         self.running: dict[Future[Reply], tuple[Unit, int]] = {}
         self.failed: set[str] = set()
         self.in_a_row = 0
-        if budget is not None:
-            budget.prompt, budget.completion = journal.spent
 
     def gave_up(self, unit: Unit) -> bool:
         return unit.name in self.failed
@@ -62,15 +58,13 @@ class Asker:
         self._ask(unit, 1)
 
     def _ask(self, unit: Unit, attempt: int) -> None:
-        budget = self.budget
-        held = self.composer.estimate(unit)
-        # What runs may turn out cheaper than what is held for it.
-        while budget is not None and not budget.allow(unit.name, *held):
+        # What runs may turn out cheaper than what may be spent on it.
+        while self.max_tokens is not None and self._at_most(unit) > self.max_tokens:
             if not self.running:
                 raise Stop(
-                    f"the budget is used up: {sum(self.journal.spent):,} tokens spent, the next "
-                    f"request may take {sum(held):,}; raise --max-tokens or --max-cost and give "
-                    "the same command again",
+                    f"the budget is used up: {sum(self.journal.spent):,} tokens spent, and "
+                    f"{self._at_most(unit):,} with the next request at its largest; raise "
+                    "--max-tokens and give the same command again",
                     EXIT_BUDGET,
                 )
             self._collect()
@@ -83,6 +77,11 @@ class Asker:
             seed,
         )
         self.running[future] = (unit, attempt)
+
+    def _at_most(self, unit: Unit) -> int:
+        """Tokens spent when all that runs, and then `unit`, take as many as they may."""
+        units = [unit, *(running for running, _ in self.running.values())]
+        return sum(self.journal.spent) + sum(sum(self.composer.estimate(one)) for one in units)
 
     def finish(self) -> None:
         """Wait for all that runs."""
@@ -103,25 +102,22 @@ class Asker:
         try:
             reply = future.result()
         except EndpointStop as error:
-            self._settle(unit, (0, 0))
             raise Stop(str(error), EXIT_ENDPOINT) from None
         except EndpointError as error:
-            spent = self._settle(unit, error.spent)
+            spent = self._spent(unit, error.spent)
             if any(spent):
-                self.journal.write({"type": "spent", "unit": unit.name, "spent": list(spent)})
+                self.journal.write_spent(unit.name, spent)
             if again and attempt < REPLIES and isinstance(error, MalformedReply):
                 self._ask(unit, attempt + 1)
             else:
                 self._give_up(unit, str(error), again)
         else:
             self.in_a_row = 0
-            spent = self._settle(unit, reply.spent)
+            spent = self._spent(unit, reply.spent)
             pairs = self.composer.from_model(unit, reply.pairs)
-            self.journal.write(self.composer.entry(unit, pairs, spent))
+            self.journal.write("unit", unit.name, self.composer.entry(unit, pairs, spent))
 
-    def _settle(self, unit: Unit, spent: tuple[int, int] | None) -> tuple[int, int]:
-        if self.budget is not None:
-            return self.budget.settle(unit.name, spent)
+    def _spent(self, unit: Unit, spent: tuple[int, int] | None) -> tuple[int, int]:
         return spent if spent is not None else self.composer.estimate(unit)
 
     def _give_up(self, unit: Unit, why: str, again: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from typing import Any
 from longlora_plugin.longqa.asker import Asker
 from longlora_plugin.longqa.decoding import Unreadable
 from longlora_plugin.longqa.documents import Reader, find_files
-from longlora_plugin.longqa.endpoint import Budget, Endpoint
+from longlora_plugin.longqa.endpoint import Endpoint
 from longlora_plugin.longqa.journal import (
     CannotWrite,
     Journal,
@@ -41,7 +42,7 @@ from longlora_plugin.longqa.stopping import Interrupt, Stop
 from longlora_plugin.longqa.units import Composer, Unit
 from longlora_plugin.longqa.writer import Writer
 
-_RECORD_VERSION = 1
+_RECORD_VERSION = 2
 
 
 class Builder:
@@ -54,9 +55,9 @@ class Builder:
         tokenizer: a transformers tokenizer; measures everything.
         reader: reads the files.
         endpoint: the model to ask; None: tasks from the text.
-        budget: of the endpoint; None: no limit.
-        concurrency: requests at a time.
         short: short instructions to mix in, as rows of any layout.
+
+    Attributes:
         notify: called with the report after each step, for progress.
     """
 
@@ -69,18 +70,14 @@ class Builder:
         tokenizer: Any,
         reader: Reader,
         endpoint: Endpoint | None = None,
-        budget: Budget | None = None,
-        concurrency: int = 4,
         short: Sequence[dict[str, Any]] = (),
-        notify: Callable[[Report], None] = lambda report: None,
     ) -> None:
         self.source, self.out, self.settings = source, out, settings
+        self._folder = source if source.is_dir() else None
         self.tokenizer = tokenizer
-        self.reader, self.endpoint, self.budget = reader, endpoint, budget
-        self.reader.kind = settings.kind
-        self.concurrency = concurrency
+        self.reader, self.endpoint = reader, endpoint
         self.short = short
-        self.notify = notify
+        self.notify: Callable[[Report], None] = lambda report: None
         self.report = Report()
         # Found missing now, not after the first answer was paid for.
         require("sentencex", "finding sentences")
@@ -108,10 +105,7 @@ class Builder:
             report.exit_code = EXIT_DISK
             return report
         try:
-            with (
-                Journal(self.out, repair=True) as journal,
-                Interrupt() as interrupt,
-            ):
+            with Journal(self.out, write=True) as journal, Interrupt() as interrupt:
                 self._check_settings(journal)
                 self._run(journal, interrupt)
         except CannotWrite as error:
@@ -138,8 +132,6 @@ class Builder:
                     held = self.composer.estimate(unit)
                     prompt, completion = prompt + held[0], completion + held[1]
         self.report.tokens = (prompt, completion)
-        if self.budget is not None:
-            self.report.cost = self.budget.prices.cost(prompt, completion)
         return self.report
 
     def _check_settings(self, journal: Journal, write: bool = True) -> None:
@@ -158,7 +150,7 @@ class Builder:
                     f"{journal.path.name} beside it); write to another file"
                 )
             if write:
-                journal.write({"type": "settings", "settings": now})
+                journal.write("settings", "", now)
         elif journal.settings != now:
             changed = [
                 f"{name}: it has {journal.settings.get(name)!r}, now {value!r}"
@@ -175,15 +167,7 @@ class Builder:
         writer = Writer(composer, journal, report, self.out, self.short)
         asker = None
         if self.endpoint is not None:
-            asker = Asker(
-                composer,
-                journal,
-                report,
-                interrupt,
-                self.endpoint,
-                self.budget,
-                self.concurrency,
-            )
+            asker = Asker(composer, journal, report, interrupt, self.endpoint)
         waiting: deque[Unit] = deque()
         try:
             for unit in self._units(journal):
@@ -191,7 +175,7 @@ class Builder:
                 waiting.append(unit)
                 if unit.name not in journal.units:
                     if asker is None:
-                        journal.write(composer.entry(unit, composer.from_text(unit)))
+                        journal.write("unit", unit.name, composer.from_text(unit))
                     else:
                         asker.submit(unit)
                 self._drain(waiting, journal, writer, asker)
@@ -204,10 +188,7 @@ class Builder:
             if asker is not None:
                 asker.close()
             report.tokens = journal.spent
-            if self.budget is not None:
-                report.cost = self.budget.prices.cost(*journal.spent)
             self._drain(waiting, journal, writer, None)
-            writer.close()
 
     def _drain(
         self,
@@ -238,7 +219,7 @@ class Builder:
         exact: dict[str, str] = {}
         for name, path in named:
             try:
-                document = self.reader.read(path, name)
+                document = self.reader.read(path, name, self._folder)
             except Unreadable as error:
                 report.skipped[name] = str(error)
                 self.notify(report)
@@ -258,16 +239,18 @@ class Builder:
             report.left_out += left_out
             if write and document.digest not in journal.documents:
                 journal.write(
+                    "document",
+                    document.digest,
                     {
-                        "type": "document",
-                        "digest": document.digest,
                         "name": name,
                         "kind": document.kind,
                         "title": document.title,
                         "split": split,
                         "windows": len(cut),
-                    }
+                    },
                 )
+            if not cut:
+                report.barren[name] = "each of its sentences alone is longer than the context"
             for window in cut:
                 described = f"{document.digest}|{window.index}|{window.text}"
                 unit = hashlib.sha256(described.encode()).hexdigest()[:32]
@@ -275,7 +258,11 @@ class Builder:
 
     def _is_ours(self, path: Path) -> bool:
         ours = (self.out, validation_path(self.out), provenance_path(self.out))
-        return path.absolute() in [our.absolute() for our in ours] or path.suffix == ".lock"
+        if path.suffix == ".lock" or path.name.startswith(f"{ours[2].name}-"):
+            return True
+        return path.absolute() in [our.absolute() for our in ours]
 
     def _name_of(self, path: Path) -> str:
-        return path.relative_to(self.source).as_posix() if self.source.is_dir() else path.name
+        name = path.relative_to(self._folder).as_posix() if self._folder else path.name
+        # A name that is not UTF-8 can neither be shown nor recorded.
+        return os.fsencode(name).decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""Questions and answers from a model behind any OpenAI-compatible endpoint, within a budget.
+"""Questions and answers from a model behind any OpenAI-compatible endpoint.
 
 vLLM, llama.cpp's server, Ollama and hosted services speak the same protocol; the `openai` client
 does the talking, its retries with back-off and `Retry-After` included. The answer is asked for as
@@ -20,14 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from longlora_plugin.longqa.optional import require
+from longlora_plugin.longqa.options import option
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-ANSWER_TOKENS = 300
-"""Default for the longest answer to one question, in tokens; a request may ask for several."""
-
 PROMPT_TOKENS = 400
 """What the request says besides the document, in tokens, generously; used in estimates."""
 
@@ -53,20 +51,31 @@ class EndpointStop(Exception):
     """No request can succeed: a wrong key, a wrong address, an unknown model."""
 
 
+# Strict mode wants objects closed; a server without it may still send more, which is ignored.
+_CLOSED: dict[str, Any] = {"additionalProperties": False}
+
+
 class ModelPair(BaseModel):
     """A question about the document, its answer, and the quotes that show it."""
 
-    model_config = ConfigDict(extra="ignore", str_strip_whitespace=True)
+    model_config = ConfigDict(json_schema_extra=_CLOSED, str_strip_whitespace=True)
 
-    question: str = Field(min_length=8)
-    answer: str = Field(min_length=1)
+    question: str
+    answer: str
     evidence: list[str]
+
+    @field_validator("question", "answer")
+    @classmethod
+    def _says_something(cls, text: str) -> str:
+        if not text:
+            raise ValueError("an empty question or answer")
+        return text
 
 
 class ModelPairs(BaseModel):
     """What one request asks for."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(json_schema_extra=_CLOSED)
 
     pairs: list[ModelPair]
 
@@ -77,73 +86,6 @@ class Reply:
 
     pairs: list[ModelPair]
     spent: tuple[int, int] | None
-
-
-@dataclass(frozen=True)
-class Prices:
-    """US dollars, or any one currency, for a million tokens; None where not given."""
-
-    prompt: float | None = None
-    completion: float | None = None
-
-    def cost(self, prompt: int, completion: int) -> float | None:
-        """Cost of so many tokens; None where no prices are given."""
-        if self.prompt is None or self.completion is None:
-            return None
-        return (prompt * self.prompt + completion * self.completion) / 1e6
-
-
-class Budget:
-    """Tokens and money of a build over all its runs; a request is allowed before it is sent.
-
-    Args:
-        spent: (prompt, completion) tokens that earlier runs of the same build used.
-    """
-
-    def __init__(
-        self,
-        *,
-        max_tokens: int | None,
-        max_cost: float | None,
-        prices: Prices,
-        spent: tuple[int, int] = (0, 0),
-    ) -> None:
-        if max_cost is not None and prices.cost(0, 0) is None:
-            raise ValueError(
-                f"--max-cost {max_cost:g} needs the prices: add --price-prompt and "
-                "--price-completion, each for a million tokens"
-            )
-        self.max_tokens = max_tokens
-        self.max_cost = max_cost
-        self.prices = prices
-        self.prompt, self.completion = spent
-        self._held: dict[str, tuple[int, int]] = {}
-
-    def allow(self, key: str, prompt: int, completion: int) -> bool:
-        """Whether request `key` fits at its largest; if so it is held until `settle`."""
-        held = list(self._held.values())
-        prompts = self.prompt + prompt + sum(p for p, _ in held)
-        completions = self.completion + completion + sum(c for _, c in held)
-        if self.max_tokens is not None and prompts + completions > self.max_tokens:
-            return False
-        cost = self.prices.cost(prompts, completions)
-        if self.max_cost is not None and (cost or 0) > self.max_cost:
-            return False
-        self._held[key] = (prompt, completion)
-        return True
-
-    def settle(self, key: str, spent: tuple[int, int] | None) -> tuple[int, int]:
-        """Replace what was held by what was `spent`; where that is unknown, all that was held."""
-        held = self._held.pop(key)
-        prompt, completion = held if spent is None else spent
-        self.prompt += prompt
-        self.completion += completion
-        return prompt, completion
-
-    @property
-    def cost(self) -> float | None:
-        """What has been spent, in the currency of the prices."""
-        return self.prices.cost(self.prompt, self.completion)
 
 
 def read_key(variable: str | None) -> str | None:
@@ -166,32 +108,40 @@ def read_key(variable: str | None) -> str | None:
     return key or None
 
 
+@dataclass(frozen=True)
+class Requests:
+    """How a model is asked; every field is the option that its help describes."""
+
+    base_url: str | None = option(
+        None, "OpenAI-compatible endpoint, up to /v1; without it no model is asked."
+    )
+    api_key_env: str | None = option(
+        None, f"Name of the environment variable with the API key.  [default: {KEY_VARIABLE}]"
+    )
+    concurrency: int = option(4, "Requests at once.", min=1)
+    retries: int = option(5, "Tries again, with back-off, after time-outs, 429 and 5xx.", min=0)
+    timeout: float = option(300.0, "Seconds to wait for a reply.")
+    temperature: float = option(0.7, "Temperature of the model.")
+    max_tokens: int | None = option(
+        None, "Budget in tokens, prompts and answers of all runs together.", min=1
+    )
+
+
 class Endpoint:
     """One model at one address; safe to call from several threads.
 
     Args:
-        base_url: up to and including `/v1`.
+        requests: how it is asked; `base_url` is given.
         model: name that the server knows.
-        key: API key; None for servers that want none.
-        seconds: how long to wait for one reply.
-        retries: tries after the first for time-outs, 429 and 5xx, with back-off.
-        temperature, answer_tokens: passed on.
+        answer_tokens: longest answer to one question, in tokens.
 
     Raises:
         ValueError: the address is no http(s) address, or carries a password.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        model: str,
-        *,
-        key: str | None = None,
-        seconds: float = 300,
-        retries: int = 5,
-        temperature: float = 0.7,
-        answer_tokens: int = ANSWER_TOKENS,
-    ) -> None:
+    def __init__(self, requests: Requests, model: str, answer_tokens: int) -> None:
+        base_url = requests.base_url or ""
+        key = read_key(requests.api_key_env)
         address = urlsplit(base_url)
         if address.username or address.password:
             raise ValueError(
@@ -204,6 +154,7 @@ class Endpoint:
                 "write for example http://localhost:8000/v1"
             )
         openai = require("openai", "--base-url")
+        self.requests = requests
         self.base_url = base_url
         self.model = model
         self.answer_tokens = answer_tokens
@@ -212,16 +163,18 @@ class Endpoint:
         self._client: Any = openai.OpenAI(
             base_url=base_url,
             api_key=key or "not-needed",
-            timeout=seconds,
-            max_retries=retries,
+            timeout=requests.timeout,
+            max_retries=requests.retries,
         )
-        self._seconds = seconds
-        self._retries = retries
         self._options: dict[str, Any] = {
-            "temperature": temperature,
+            "temperature": requests.temperature,
             "response_format": {
                 "type": "json_schema",
-                "json_schema": {"name": "pairs", "schema": _schema(), "strict": True},
+                "json_schema": {
+                    "name": "pairs",
+                    "schema": ModelPairs.model_json_schema(),
+                    "strict": True,
+                },
             },
         }
         self._lock = threading.Lock()
@@ -299,7 +252,7 @@ class Endpoint:
             ) from None
         except openai.APITimeoutError:
             raise EndpointError(
-                f"no reply within {self._seconds:g} s, {self._retries + 1} times; "
+                f"no reply within {self.requests.timeout:g} s, {self.requests.retries + 1} times; "
                 "raise --timeout or lower --concurrency",
                 spent=None,
             ) from None
@@ -346,29 +299,10 @@ _OPTIONAL: tuple[tuple[str, str, Any], ...] = (
 )
 
 
-def _schema() -> dict[str, Any]:
-    """The JSON schema of ModelPairs in the subset that strict mode takes."""
-    text = {"type": "string"}
-    quotes = {"type": "array", "items": text}
-    fields = {"question": text, "answer": text, "evidence": quotes}
-    one = _strict_object(fields)
-    return _strict_object({"pairs": {"type": "array", "items": one}})
-
-
-def _strict_object(fields: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": fields,
-        "required": list(fields),
-        "additionalProperties": False,
-    }
-
-
 _ASK = {
     "paper": "what was done, how, and what was found",
     "book": "what happens, who does or says what, and why",
     "report": "what is stated, decided or recommended, and on what grounds",
-    "code": "what the program does, how its parts work together, and what a change would affect",
 }
 
 

@@ -1,10 +1,10 @@
-"""Files that only grow, and survive a kill at any point: the rows, and the record of their making.
+"""What makes a build resumable at any point: the rows, and the record of their making.
 
-`OUT.provenance.jsonl` is the record. Its first line holds the settings; each further line is one
-finished step: a document, a unit (one window of one document) with its pairs, tokens spent on a
-reply that gave nothing, a short instruction mixed in. A unit is recorded before its rows are
-written, so rows that a kill left unwritten are written again from the record, and no reply of a
-model is asked or paid for twice. A row's name is the SHA-256 of its line.
+`OUT.provenance.sqlite` is the record, one table: a line each for the settings, for every document,
+for every unit (one window of one document) with its pairs, for tokens spent on a reply that gave
+nothing, and for every short instruction mixed in. A unit is recorded before its rows are written,
+so rows that a kill left unwritten are written again from the record, and no reply of a model is
+asked or paid for twice. A row's name is the SHA-256 of its line.
 """
 
 from __future__ import annotations
@@ -13,14 +13,24 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import sqlite3
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+_TABLE = (
+    "CREATE TABLE IF NOT EXISTS steps (kind TEXT, name TEXT, content TEXT NOT NULL, "
+    "PRIMARY KEY (kind, name))"
+)
 
 
 class CannotWrite(Exception):
-    """The disk is full or a file cannot be written; what was finished before stands."""
+    """The disk is full or a file cannot be written; what was finished before is kept."""
+
+    def __init__(self, path: Path, why: object) -> None:
+        super().__init__(
+            f"{path} cannot be written: {why}; what was finished before is kept, so make room "
+            "and give the same command again"
+        )
 
 
 def line_of(row: dict[str, Any]) -> bytes:
@@ -39,165 +49,128 @@ def validation_path(out: Path) -> Path:
 
 
 def provenance_path(out: Path) -> Path:
-    """The record beside a data file; the validation file shares its training file's."""
-    stem = out.stem.removesuffix(".validation")
-    return out.with_name(f"{stem}.provenance.jsonl")
-
-
-def lines(path: Path) -> Iterator[bytes]:
-    """Complete lines of a file, without newlines; a half-written last line is left out."""
-    if path.exists():
-        with path.open("rb") as stream:
-            for line in stream:
-                if line.endswith(b"\n"):
-                    yield line[:-1]
-
-
-class Growing:
-    """A file of lines that is appended to; a half-written last line is cut off when it opens."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: a line is in the system's hands before the next step begins.
-            self._stream = path.open("ab", buffering=0)
-            self.repaired = self._repair()
-        except OSError as error:
-            raise CannotWrite(f"{path} cannot be written: {error.strerror}") from None
-
-    def _repair(self) -> int:
-        """Bytes cut off."""
-        size = end = os.path.getsize(self.path)
-        with self.path.open("rb") as stream:
-            while end > 0:
-                start = max(0, end - 65536)
-                stream.seek(start)
-                newline = stream.read(end - start).rfind(b"\n")
-                if newline >= 0:
-                    end = start + newline + 1
-                    break
-                end = start
-        if end < size:
-            os.truncate(self.path, end)
-        return size - end
-
-    def append(self, line: bytes) -> None:
-        """Append one line, whole or not at all.
-
-        Raises:
-            CannotWrite: for example because the disk is full.
-        """
-        size = os.path.getsize(self.path)
-        rest = memoryview(line)
-        try:
-            while rest:
-                rest = rest[self._stream.write(rest) :]
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)
-            raise CannotWrite(
-                f"{self.path} cannot be written: {error.strerror}; what was finished before is "
-                "kept, so make room and give the same command again"
-            ) from None
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            os.fsync(self._stream.fileno())
-        self._stream.close()
+    """The record of a data file; the validation file shares its training file's."""
+    return out.with_name(f"{out.stem.removesuffix('.validation')}.provenance.sqlite")
 
 
 class Journal:
     """The record of one data file.
 
     Args:
-        repair: cut off a half-written last line at once.
+        out: the data file.
+        write: whether steps will be recorded; otherwise no file is made.
 
     Attributes:
         settings: of the build that began it; None where there is no record yet.
-        units: unit name → its line.
+        documents: digests of the documents recorded.
         splits: document name → `train` or `validation`.
+        units: unit name → what was recorded of it.
         short_tokens: name of each short row mixed in → its tokens.
         spent: (prompt, completion) tokens of all runs.
+
+    Raises:
+        ValueError: the record is damaged, or of an earlier version.
+        CannotWrite: it cannot be made.
     """
 
-    def __init__(self, out: Path, *, repair: bool = False) -> None:
+    def __init__(self, out: Path, *, write: bool = False) -> None:
         self.path = provenance_path(out)
         self.settings: dict[str, Any] | None = None
-        self.units: dict[str, dict[str, Any]] = {}
         self.documents: set[str] = set()
         self.splits: dict[str, str] = {}
+        self.units: dict[str, dict[str, Any]] = {}
         self.short_tokens: dict[str, int] = {}
         self.spent = (0, 0)
-        self._file = Growing(self.path) if repair and self.path.exists() else None
-        for number, line in enumerate(lines(self.path), 1):
-            try:
-                self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(
-                    f"{self.path}, line {number} is damaged; restore the file, or remove it and "
-                    f"{out.name} to build anew"
-                ) from None
+        self._steps = 0
+        earlier = self.path.with_suffix(".jsonl")
+        if earlier.exists() and not self.path.exists():
+            raise ValueError(
+                f"{earlier} is a record of an earlier version; finish {out.name} with that "
+                "version, or write to another file"
+            )
+        place = self.path if write or self.path.exists() else ":memory:"
+        try:
+            self._database = sqlite3.connect(place, isolation_level=None)
+            if write:
+                self._database.execute(_TABLE)
+            if write or self.path.exists():
+                steps = "SELECT kind, name, content FROM steps ORDER BY rowid"
+                for kind, name, content in self._database.execute(steps):
+                    self._take(kind, name, json.loads(content))
+        except sqlite3.OperationalError as error:
+            raise CannotWrite(self.path, error) from None
+        except (sqlite3.DatabaseError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path} is damaged ({error}); restore the file, or remove it and {out.name} "
+                "to build anew"
+            ) from None
 
-    def _take(self, entry: dict[str, Any]) -> None:
-        kind = entry["type"]
+    def _take(self, kind: str, name: str, content: Any) -> None:
+        self._steps += 1
         if kind == "settings":
-            self.settings = entry["settings"]
+            self.settings = content
         elif kind == "document":
-            self.documents.add(entry["digest"])
-            self.splits.setdefault(entry["name"], entry["split"])
+            self.documents.add(name)
+            self.splits.setdefault(content["name"], content["split"])
         elif kind == "unit":
-            self.units[entry["unit"]] = entry
+            self.units[name] = content
         elif kind == "short":
-            self.short_tokens[entry["row"]] = entry["tokens"]
-        spent = entry.get("spent")
+            self.short_tokens[name] = content
+        spent = content if kind == "spent" else kind == "unit" and content.get("spent")
         if spent:
             self.spent = (self.spent[0] + spent[0], self.spent[1] + spent[1])
 
-    def write(self, entry: dict[str, Any]) -> None:
-        """Record one finished step."""
-        if self._file is None:
-            self._file = Growing(self.path)
-        self._file.append(line_of(entry))
-        self._take(entry)
+    def write(self, kind: str, name: str, content: Any) -> None:
+        """Record one finished step, whole or not at all."""
+        written = line_of(content).decode()
+        try:
+            self._database.execute("INSERT INTO steps VALUES (?, ?, ?)", (kind, name, written))
+        except sqlite3.OperationalError as error:
+            raise CannotWrite(self.path, error) from None
+        self._take(kind, name, content)
+
+    def write_spent(self, unit: str, spent: tuple[int, int]) -> None:
+        """Record tokens that a reply without use took."""
+        self.write("spent", f"{unit} {self._steps}", list(spent))
 
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def __exit__(self, *_: object) -> None:
+        self._database.close()
 
 
 class Rows:
-    """The data file of one split: appends each row once.
-
-    Args:
-        repair: cut off a half-written last line at once, also where nothing will be appended.
+    """The data file of one split; a half-written last line is cut off when it opens.
 
     Attributes:
         names: names of the rows in the file.
     """
 
-    def __init__(self, path: Path, *, repair: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = Growing(path) if repair and path.exists() else None
-        self.names = {row_name(line) for line in lines(path)}
+        self.names: set[str] = set()
+        self._size = 0
+        if path.exists():
+            with path.open("rb") as stream:
+                for line in stream:
+                    if line.endswith(b"\n"):
+                        self.names.add(row_name(line))
+                        self._size += len(line)
+            os.truncate(path, self._size)
 
     def append(self, line: bytes) -> None:
-        """Append a row whose name is not in `names` yet."""
-        if self._file is None:
-            self._file = Growing(self.path)
-        self._file.append(line)
-        self.names.add(row_name(line))
+        """Append one row whose name is not in `names` yet, whole or not at all.
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        Raises:
+            CannotWrite: for example because the disk is full.
+        """
+        try:
+            with self.path.open("ab") as stream:
+                stream.write(line)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, self._size)
+            raise CannotWrite(self.path, error.strerror) from None
+        self._size += len(line)
+        self.names.add(row_name(line))

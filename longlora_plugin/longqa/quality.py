@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from longlora_plugin.longqa.optional import require
+from longlora_plugin.longqa.scripts import width
 
 SHORTEST_EVIDENCE = 8
-"""Characters that are not space below which a quote would stand anywhere by chance."""
+"""Width without space (`scripts.width`) below which a quote is found anywhere by chance."""
 
 SIMILAR = 0.8
 """Default Jaccard similarity of 5-character shingles from which two pairs count as the same."""
@@ -29,7 +30,7 @@ def has_evidence(quotes: Sequence[str], text: str, edits: int = 0) -> bool:
     flat = " ".join(text.split())
     found = [" ".join(quote.split()) for quote in quotes]
     return bool(found) and all(
-        len(quote.replace(" ", "")) >= SHORTEST_EVIDENCE and _stands(quote, flat, edits)
+        width(quote.replace(" ", "")) >= SHORTEST_EVIDENCE and _stands(quote, flat, edits)
         for quote in found
     )
 

@@ -2,8 +2,8 @@
 
 A document that fits is one window. A longer one is packed section by section, in order, into as few
 windows as whole sections allow. Only a section that is alone longer than the budget is divided: at
-paragraphs, where those do not fit at sentences (lines, for code), and no further: a sentence that
-does not fit by itself is left out and counted.
+paragraphs, where those do not fit at sentences, and no further: a sentence that does not fit by
+itself is left out and counted.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from longlora_plugin.longqa.documents import Document
-from longlora_plugin.longqa.optional import require
+from longlora_plugin.longqa.scripts import sentences
 
 Count = Callable[[Sequence[str]], list[int]]
 """Tokens of each text, without special tokens."""
@@ -25,6 +24,8 @@ SMALLEST_SECTION = 200
 _PLAIN_HEADING = re.compile(
     r"""
     (?:(?i:chapter|book|part|act|scene|section|appendix|letter|canto|volume)\b[^\n]{0,70}
+      | 第[〇一二三四五六七八九十百\d]{1,6}[章回節节部卷篇話话][^\n。]{0,40}
+      | (?:제\ ?\d+\ ?[장부편화]|บทที่\ ?[\d๐-๙]+|अध्याय\b|الفصل\b)[^\n]{0,60}
       | \d{1,2}(?:\.\d{1,2})*\.?\ +[A-Z][^\n]{0,70}(?<![.,;:])
       | [IVXLC]{1,7}\.?
       | (?=[^\n]*[A-Z]{3})[^a-z\n]{3,60}
@@ -61,14 +62,8 @@ class Window:
 def split_sections(document: Document) -> list[Section]:
     """The sections of a document, in order; together they hold all its text."""
     text = document.text
-    starts: list[tuple[int, str | None]]
-    if document.breaks:
-        starts = list(document.breaks)
-    elif document.style == "markdown":
-        starts = _markdown_headings(text)
-    elif document.style == "code":
-        starts = _code_blocks(text)
-    else:
+    starts = list(document.breaks)
+    if not starts and document.style == "plain":
         starts = _plain_headings(text)
     edges = [(0, None), *starts] if not starts or starts[0][0] > 0 else starts
     ends = [offset for offset, _ in edges[1:]] + [len(text)]
@@ -92,20 +87,6 @@ def split_sections(document: Document) -> list[Section]:
     return sections
 
 
-def _markdown_headings(text: str) -> list[tuple[int, str | None]]:
-    from markdown_it import MarkdownIt
-
-    offsets = [0]
-    for line in text.split("\n"):
-        offsets.append(offsets[-1] + len(line) + 1)
-    tokens = MarkdownIt("commonmark").parse(text)
-    return [
-        (offsets[token.map[0]], " ".join(after.content.split()) or None)
-        for token, after in pairwise(tokens)
-        if token.type == "heading_open" and token.level == 0 and token.map
-    ]
-
-
 def _plain_headings(text: str) -> list[tuple[int, str | None]]:
     found: list[tuple[int, str | None]] = []
     for match in re.finditer(r"(?:\A|\n\n)([^\n]+)(?=\n\n)", text):
@@ -113,27 +94,6 @@ def _plain_headings(text: str) -> list[tuple[int, str | None]]:
         if _PLAIN_HEADING.fullmatch(line):
             found.append((match.start(1), line))
     return found
-
-
-def _code_blocks(text: str) -> list[tuple[int, str | None]]:
-    # In nearly every language an unindented line after an empty one begins something new.
-    return [
-        (match.start(1), match.group(1).strip()[:80])
-        for match in re.finditer(r"(?:\A|\n\n)(\S[^\n]*)", text)
-    ]
-
-
-def sentences(text: str, style: str, language: str = "en") -> list[str]:
-    """Sentences of `text`, each verbatim; for code the lines that are not empty.
-
-    Args:
-        style: `plain`, `markdown` or `code`.
-        language: ISO 639 code of a prose text.
-    """
-    if style == "code":
-        return [line for line in text.split("\n") if line.strip()]
-    segment = require("sentencex", "finding sentences").segment
-    return [found.strip() for found in segment(language, text) if found.strip()]
 
 
 def windows(
@@ -154,7 +114,7 @@ def windows(
         if tokens <= budget:
             pieces.append((section, tokens))
             continue
-        parts, lost = _divide(section, document.style, budget, count, language)
+        parts, lost = _divide(section, budget, count, language)
         pieces += parts
         left_out += lost
     found: list[Window] = []
@@ -172,7 +132,7 @@ def windows(
         if window.tokens <= budget:
             found.append(window)
         else:
-            left_out += len(sentences(window.text, document.style, language))
+            left_out += len(sentences(window.text, language))
         at = end
     return found, left_out
 
@@ -183,7 +143,7 @@ def _window(index: int, sections: Sequence[Section], count: Count) -> Window:
 
 
 def _divide(
-    section: Section, style: str, budget: int, count: Count, language: str
+    section: Section, budget: int, count: Count, language: str
 ) -> tuple[list[tuple[Section, int]], int]:
     """Divide one section at paragraphs, and a paragraph that is too long at sentences."""
     atoms: list[tuple[str, int, str]] = []
@@ -193,11 +153,14 @@ def _divide(
         if tokens <= budget:
             atoms.append((paragraph, tokens, "\n\n"))
             continue
-        inner = sentences(paragraph, style, language)
-        joint = "\n" if style == "code" else " "
-        for place, (sentence, size) in enumerate(zip(inner, count(inner), strict=True)):
+        inner = sentences(paragraph, language)
+        end = 0
+        for sentence, size in zip(inner, count(inner), strict=True):
+            start = paragraph.index(sentence, end)
+            joint = paragraph[end:start] if end else "\n\n"
+            end = start + len(sentence)
             if size <= budget:
-                atoms.append((sentence, size, joint if place else "\n\n"))
+                atoms.append((sentence, size, joint))
             else:
                 left_out += 1
     # Tokens do not add up exactly where texts meet: measure, and pack less where it is too much.

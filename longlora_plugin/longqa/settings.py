@@ -6,9 +6,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from longlora_plugin.longqa import tasks
-from longlora_plugin.longqa.endpoint import ANSWER_TOKENS
+from longlora_plugin.longqa.documents import KINDS
+from longlora_plugin.longqa.options import option
 from longlora_plugin.longqa.quality import SIMILAR
+from longlora_plugin.longqa.tasks import TASKS
 from longlora_plugin.longqa.wordings import LAYOUTS
 
 EXIT_DONE, EXIT_NOTHING, EXIT_INCOMPLETE = 0, 1, 3
@@ -20,42 +21,48 @@ EXIT_ENDPOINT, EXIT_BUDGET, EXIT_DISK, EXIT_INTERRUPTED = 4, 5, 6, 130
 class Settings:
     """What decides the rows; a build goes on only with the settings that it began with.
 
-    Attributes:
-        context: tokens of a row as it is trained, question and answer and prompt included.
-        seed: of every choice.
-        layout: one of wordings.LAYOUTS.
-        questions: pairs asked for in each window.
-        tasks: which tasks may be used (no model).
-        kind: of every document; None: judged for each.
-        language: ISO 639 code, for finding sentences.
-        validation_share: share of documents whose rows go to the validation file.
-        short_share: share of the training rows that are short instructions.
-        model: name at the endpoint; None: tasks from the text.
-        answer_tokens: longest answer of a model, in tokens.
-        evidence_edits: characters by which a quote may differ from the document.
-        similar: Jaccard similarity from which two pairs count as one.
+    Every field but `context`, `short_share` and `model` is the option that its help describes.
     """
 
     context: int
-    seed: int = 0
-    layout: str = "alpaca"
-    questions: int = 6
-    tasks: tuple[str, ...] = tuple(tasks.TASKS)
-    kind: str | None = None
-    language: str = "en"
-    validation_share: float = 0.0
+    seed: int = option(0, "Seed of every choice.")
+    layout: str = option(
+        "alpaca", "Rows have instruction and output, or messages.", choices=LAYOUTS
+    )
+    questions: int = option(6, "Pairs for each window.", min=1)
+    tasks: tuple[str, ...] = option(
+        tuple(TASKS), "Use only this task; may be repeated.", flag="task", choices=tuple(TASKS)
+    )
+    kind: str | None = option(
+        None, "Kind of every document; without it each is judged.", choices=KINDS
+    )
+    language: str = option(
+        "en", "ISO 639 code, for abbreviations; sentence ends are known for every script."
+    )
+    validation_share: float = option(
+        0.0,
+        "Share of documents set apart; their rows go to OUT.validation.jsonl.",
+        min=0,
+        below=1,
+    )
     short_share: float = 0.0
     model: str | None = None
-    answer_tokens: int = ANSWER_TOKENS
-    evidence_edits: int = 0
-    similar: float = SIMILAR
+    answer_tokens: int = option(300, "Longest answer of a model.", min=1)
+    evidence_edits: int = option(
+        0, "Characters by which a model's quote may differ from the document.", min=0
+    )
+    similar: float = option(
+        SIMILAR,
+        "Jaccard similarity from which two pairs count as one; above 1, all are kept.",
+        flag="near-duplicates",
+        min=0.3,
+        max=2,
+    )
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.tasks) - set(tasks.TASKS))
+        unknown = sorted(set(self.tasks) - set(TASKS))
         if unknown:
-            raise ValueError(f"unknown task {unknown[0]!r}; valid: {', '.join(tasks.TASKS)}")
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"unknown layout {self.layout!r}; valid: {', '.join(LAYOUTS)}")
+            raise ValueError(f"unknown task {unknown[0]!r}; valid: {', '.join(TASKS)}")
         for name in ("validation_share", "short_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
@@ -72,6 +79,7 @@ class Report:
         documents: documents read.
         skipped: file → why it gave no document.
         duplicates: file → the earlier file that it nearly repeats.
+        barren: document that gave no pairs → why.
         windows: windows of all documents.
         left_out: sentences that alone exceed the context.
         pairs: rows by file: `train`, `validation`, `short` (part of the training file).
@@ -80,7 +88,6 @@ class Report:
         failed: units that an endpoint gave nothing for, by reason.
         to_ask: units not built yet; of a dry run only.
         tokens: (prompt, completion) spent; in a dry run: at most to be spent.
-        cost: of those tokens; None without prices.
         stopped: why the build ended early; None where it did not.
         exit_code: one of the EXIT_ constants.
     """
@@ -88,6 +95,7 @@ class Report:
     documents: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
     duplicates: dict[str, str] = field(default_factory=dict)
+    barren: dict[str, str] = field(default_factory=dict)
     windows: int = 0
     left_out: int = 0
     pairs: Counter[str] = field(default_factory=Counter)
@@ -96,7 +104,6 @@ class Report:
     failed: Counter[str] = field(default_factory=Counter)
     to_ask: int = 0
     tokens: tuple[int, int] = (0, 0)
-    cost: float | None = None
     stopped: str | None = None
     exit_code: int = EXIT_DONE
 

@@ -30,7 +30,7 @@ def read_short(path: Path) -> list[dict[str, Any]]:
                 for number, line in enumerate(text.split("\n"), 1)
                 if line.strip()
             ]
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"--short {path} is not JSON or JSONL: {error}") from None
     rows = []
     for number, row in numbered:

@@ -10,6 +10,9 @@ places that would do, and answers with text or names that stand there too:
 - `order_of_events`: in which order given sentences stand;
 - `multi_hop`: a name left out in one section, then what another section first says of that name.
 
+Names and speech are known by capital letters and quotation marks, so texts in scripts without
+capitals (Chinese, Thai, Arabic, …) carry `what_follows`, `find_needle` and `order_of_events`.
+
 A task that a text cannot carry (nobody speaks in a report) gives None. The random generator passed
 in is the only source of chance: the same seed gives the same question.
 """
@@ -23,13 +26,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from longlora_plugin.longqa.sections import Section, Window, sentences
+import regex
+
+from longlora_plugin.longqa.scripts import WIDE, sentences, share_of_letters, terms, width
+from longlora_plugin.longqa.sections import Window
 
 SHORTEST, LONGEST = 25, 320
-"""Characters of a sentence that a question may quote or an answer may be."""
+"""Width (`scripts.width`) of a sentence that a question may quote or an answer may be."""
 
 GAP = "_____"
-_LINE = {"code": "line"}
 # fmt: off
 _NO_NAMES = frozenset((
     "A", "An", "And", "As", "At", "But", "By", "For", "From", "Had", "Has", "He", "Her", "Here",
@@ -42,25 +47,26 @@ _NO_NAMES = frozenset((
     "Section", "Figure", "Table", "Scene", "Act", "Enter", "Exit", "Exeunt",
 ))
 # fmt: on
-_NAME = r"[A-Z][A-Za-z’'-]+(?: [A-Z][A-Za-z’'-]+)?"
+_NAME = r"\p{Lu}[\p{L}’'-]+(?: \p{Lu}[\p{L}’'-]+)?"
 _TITLED = rf"(?:(?:Mr|Mrs|Miss|Ms|Dr|Sir|Lady|Lord|Captain|Colonel|Professor)\.? )?{_NAME}"
 _SAY = (
     "said|replied|cried|answered|asked|exclaimed|returned|observed|added|whispered|continued|"
     "repeated|remarked|shouted|says|asks|told"
 )
+_WORDS = r"[“\"](?P<words>[^”\"]{20,300}?)[,.!?]?[”\"]"
 _SPEECH = (
-    re.compile(rf"[“\"](?P<words>[^”\"]{{20,300}}?)[,.!?]?[”\"],? (?:{_SAY}) (?P<who>{_TITLED})"),
-    re.compile(rf"[“\"](?P<words>[^”\"]{{20,300}}?)[,.!?]?[”\"],? (?P<who>{_TITLED}) (?:{_SAY})\b"),
-    re.compile(
-        rf"\b(?P<who>{_TITLED}) (?:{_SAY})[,:] [“\"](?P<words>[^”\"]{{20,300}}?)[,.!?]?[”\"]"
-    ),
-    re.compile(
+    regex.compile(rf"{_WORDS},? (?:{_SAY}) (?P<who>{_TITLED})"),
+    regex.compile(rf"{_WORDS},? (?P<who>{_TITLED}) (?:{_SAY})\b"),
+    regex.compile(rf"\b(?P<who>{_TITLED}) (?:{_SAY})[,:] {_WORDS}"),
+    regex.compile(
         rf"\b(?P<who>{_NAME}) (?:said|answered|spake)(?: unto [^,.;]{{2,40}})?,"
-        r" (?P<words>[A-Z][^.;:!?“”\"]{20,200})[.;:!?]"
+        r" (?P<words>\p{Lu}[^.;:!?“”\"]{20,200})[.;:!?]"
     ),
 )
 # A play: the speaker's name in capitals, then the speech.
-_PLAY = re.compile(r"(?m)^(?P<who>[A-Z][A-Z’' -]{1,28}[A-Z])[.:]\n?[ ]?(?P<words>[^\n]{20,200})$")
+_PLAY = regex.compile(
+    r"(?m)^(?P<who>\p{Lu}[\p{Lu}’' -]{1,28}\p{Lu})[.:]\n?[ ]?(?P<words>[^\n]{20,200})$"
+)
 
 
 @dataclass(frozen=True)
@@ -85,28 +91,22 @@ class Material:
     Attributes:
         parts: the sentences of each section that stand once in the window and are fit to quote,
             with the sentence that follows each (None at the section's end).
-        style: `plain`, `markdown` or `code`.
-        kind: kind of the document.
-        code_language: pygments' name of the programming language; None for prose.
+        found: how many sentences there are, fit or not.
+        words: how often each word (`scripts.terms`) stands in the window, case aside.
     """
 
     window: Window
-    style: str
-    kind: str
     language: str = "en"
-    code_language: str | None = None
     parts: list[list[tuple[str, str | None]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         seen: Counter[str] = Counter()
-        raw = [
-            (section, sentences(section.text, self.style, self.language))
-            for section in self.window.sections
-        ]
-        for _, found in raw:
+        raw = [sentences(section.text, self.language) for section in self.window.sections]
+        for found in raw:
             seen.update(found)
-        for section, found in raw:
-            fit = [self._fit(text, section) and seen[text] == 1 for text in found]
+        self.found = seen.total()
+        for found in raw:
+            fit = [_is_fit(text) and seen[text] == 1 for text in found]
             self.parts.append(
                 [
                     (text, found[i + 1] if i + 1 < len(found) and fit[i + 1] else None)
@@ -114,21 +114,8 @@ class Material:
                     if fit[i]
                 ]
             )
-        self.words = Counter(re.findall(r"\w+", self.window.text))
+        self.words = Counter(term.casefold() for term in terms(self.window.text))
         self._names: list[str] | None = None
-
-    def _fit(self, text: str, section: Section) -> bool:
-        if not SHORTEST <= len(text) <= LONGEST or "\n\n" in text or GAP in text:
-            return False
-        if self.style == "code":
-            return len(re.findall(r"\w+", text)) >= 3
-        letters = sum(char.isalpha() or char.isspace() for char in text)
-        return letters >= 0.75 * len(text) and not text.startswith(("#", "|", "!["))
-
-    @property
-    def unit(self) -> str:
-        """What the questions call a sentence."""
-        return _LINE.get(self.style, "sentence")
 
     @property
     def all(self) -> list[tuple[str, str | None]]:
@@ -136,37 +123,28 @@ class Material:
 
     @property
     def names(self) -> list[str]:
-        """Names that stand in the window at least twice: people and places, or identifiers."""
+        """Names that stand in the window at least twice: people and places."""
         if self._names is None:
-            found = self._identifiers() if self.style == "code" else self._proper_names()
-            self._names = sorted(name for name, times in found.items() if times >= 2)
+            # A capital inside a sentence, on a word that the window never writes small.
+            inner = regex.findall(r"(?<=[\p{Ll},;] )\p{Lu}[\p{Ll}’'-]{2,}", self.window.text)
+            found = {name.removesuffix("’s").removesuffix("'s") for name in inner} - _NO_NAMES
+            written = Counter(re.findall(r"\w+", self.window.text))
+            self._names = sorted(
+                name for name in found if written[name] >= 2 and not written[name.lower()]
+            )
         return self._names
 
-    def _proper_names(self) -> Counter[str]:
-        # A capital inside a sentence, on a word that the window never writes small.
-        inner = re.findall(r"(?<=[a-z,;] )[A-Z][a-z’'-]{2,}", self.window.text)
-        found = {name.removesuffix("’s").removesuffix("'s") for name in inner} - _NO_NAMES
-        return Counter({name: self.words[name] for name in found if not self.words[name.lower()]})
 
-    def _identifiers(self) -> Counter[str]:
-        from pygments.lexers import get_lexer_by_name
-        from pygments.token import Token
-
-        lexer = get_lexer_by_name(self.code_language or "text")
-        wanted = (Token.Name.Function, Token.Name.Class)
-        found = {
-            value
-            for token, value in lexer.get_tokens(self.window.text)
-            if any(token in kind for kind in wanted) and len(value) > 3 and value.isidentifier()
-        }
-        return Counter({name: self.words[name] for name in found})
+def _is_fit(text: str) -> bool:
+    """Whether a question can quote `text`: a sentence, of some length, and not a table or so."""
+    if not SHORTEST <= width(text) <= LONGEST or "\n\n" in text or GAP in text:
+        return False
+    return share_of_letters(text) >= 0.75 and not text.startswith(("#", "|", "!["))
 
 
 def who_said(material: Material, rng: random.Random) -> Pair | None:
     """Whose words a quoted speech is."""
     text = material.window.text
-    if material.style == "code":
-        return None
     lines = list(_PLAY.finditer(text))
     turns = Counter(match["who"] for match in lines)
     matches = [match for match in lines if turns[match["who"]] >= 2]
@@ -194,17 +172,16 @@ def who_said(material: Material, rng: random.Random) -> Pair | None:
 
 
 def what_follows(material: Material, rng: random.Random) -> Pair | None:
-    """The sentence (line of code) right after a given one."""
+    """The sentence right after a given one."""
     followed = [(text, after) for text, after in material.all if after]
     if not followed:
         return None
     text, after = rng.choice(followed)
-    unit = material.unit
     question = rng.choice(
         (
-            f"Which {unit} comes directly after this one? “{text}”",
-            f"Quote the {unit} that follows: “{text}”",
-            f"After “{text}”, how does the text go on? Give the next {unit}, word for word.",
+            f"Which sentence comes directly after this one? “{text}”",
+            f"Quote the sentence that follows: “{text}”",
+            f"After “{text}”, how does the text go on? Give the next sentence, word for word.",
         )
     )
     return Pair("what_follows", question, after, (text, after))
@@ -231,12 +208,11 @@ def fill_name(material: Material, rng: random.Random) -> Pair | None:
     sentence, choices = rng.choice(usable)
     name = rng.choice(choices)
     gapped = _gaps(sentence, name)
-    what = "identifier" if material.style == "code" else "name"
     question = rng.choice(
         (
-            f"Which {what} belongs in the gap? “{gapped}”",
-            f"One {what} has been taken out of this {material.unit}: “{gapped}” What was it?",
-            f"Fill in the missing {what}: “{gapped}”",
+            f"Which name belongs in the gap? “{gapped}”",
+            f"One name has been taken out of this sentence: “{gapped}” What was it?",
+            f"Fill in the missing name: “{gapped}”",
         )
     )
     return Pair("fill_name", question, name, (sentence,))
@@ -244,15 +220,12 @@ def fill_name(material: Material, rng: random.Random) -> Pair | None:
 
 def find_needle(material: Material, rng: random.Random) -> Pair | None:
     """The one sentence with a word that stands nowhere else."""
-    folded: Counter[str] = Counter()
-    for word, times in material.words.items():
-        folded[word.casefold()] += times
     holders = []
     for text, _ in material.all:
         rare = [
             word
-            for word in re.findall(r"\w+", text)
-            if folded[word.casefold()] == 1 and (len(word) >= 6 or word.isdigit())
+            for word in terms(text)
+            if material.words[word.casefold()] == 1 and (width(word) >= 6 or word.isdigit())
         ]
         if rare:
             holders.append((text, sorted(set(rare))))
@@ -260,12 +233,11 @@ def find_needle(material: Material, rng: random.Random) -> Pair | None:
         return None
     sentence, rare = rng.choice(holders)
     word = rng.choice(rare)
-    unit = material.unit
     question = rng.choice(
         (
-            f"Exactly one {unit} contains “{word}”. Copy that {unit}.",
-            f"Find the {unit} in which “{word}” occurs and quote it in full.",
-            f"Where does “{word}” stand? Give the whole {unit}.",
+            f"Exactly one sentence contains “{word}”. Copy that sentence.",
+            f"Find the sentence in which “{word}” occurs and quote it in full.",
+            f"Where does “{word}” stand? Give the whole sentence.",
         )
     )
     return Pair("find_needle", question, sentence, (sentence,))
@@ -288,12 +260,11 @@ def order_of_events(material: Material, rng: random.Random) -> Pair | None:
         f"({letter}) {told[place]}" for letter, place in zip(letters, shuffled, strict=True)
     )
     answer = ", ".join(letters[shuffled.index(place)] for place in range(wanted))
-    units = f"{material.unit}s"
     question = rng.choice(
         (
-            f"In which order do these {units} stand? Reply with the letters.\n{listed}",
-            f"Sort these {units} by where they come, earliest first; letters only.\n{listed}",
-            f"These {units} were shuffled. Give the letters in the order of the text.\n{listed}",
+            f"In which order do these sentences stand? Reply with the letters.\n{listed}",
+            f"Sort these sentences by where they come, earliest first; letters only.\n{listed}",
+            f"These sentences were shuffled. Give the letters in the order of the text.\n{listed}",
         )
     )
     return Pair("order_of_events", question, answer, tuple(told))
@@ -319,15 +290,13 @@ def multi_hop(material: Material, rng: random.Random) -> Pair | None:
     first = rng.choice([place for place in holders if place != second])
     clue = rng.choice([s for s in parts[first] if _mentions(s, name)])
     opening = " ".join(parts[second][0].split()[:8])
-    unit = material.unit
-    what = "identifier" if material.style == "code" else "name"
     question = rng.choice(
         (
-            f"A {what} is missing here: “{_gaps(clue, name)}” Work out which, then turn to the "
-            f"place that reads “{opening} …” and quote from there on the first {unit} with that "
-            f"{what}.",
-            f"Find the {what} for the gap: “{_gaps(clue, name)}” Then, reading on from "
-            f"“{opening} …”, copy the first {unit} that mentions it.",
+            f"A name is missing here: “{_gaps(clue, name)}” Work out which, then turn to the "
+            f"place that reads “{opening} …” and quote from there on the first sentence with that "
+            f"name.",
+            f"Find the name for the gap: “{_gaps(clue, name)}” Then, reading on from "
+            f"“{opening} …”, copy the first sentence that mentions it.",
         )
     )
     return Pair("multi_hop", question, answers[second], (clue, answers[second]))
@@ -354,6 +323,21 @@ TASKS: dict[str, Callable[[Material, random.Random], Pair | None]] = {
     "multi_hop": multi_hop,
 }
 """Every task, in the order in which they are tried."""
+
+
+def why_none(material: Material, names: tuple[str, ...]) -> str:
+    """Why a window gives no pairs, for the report."""
+    fit = len(material.all)
+    if not fit:
+        return (
+            f"none of its {material.found} sentences can be asked about: each is shorter than "
+            f"{SHORTEST} or longer than {LONGEST} characters (Han, Kana and Hangul count as "
+            f"{WIDE}), not mostly letters, or there more than once"
+        )
+    return (
+        f"{', '.join(names)}: none finds anything in its {fit} usable sentences; speech and names "
+        "are known by quotation marks and capital letters, and an order needs 6 sentences"
+    )
 
 
 def make_pairs(

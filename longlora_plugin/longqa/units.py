@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from longlora_plugin.longqa import endpoint, tasks
-from longlora_plugin.longqa.documents import Document
+from longlora_plugin.longqa.documents import KINDS, Document
 from longlora_plugin.longqa.endpoint import ModelPair
 from longlora_plugin.longqa.journal import line_of, row_name
 from longlora_plugin.longqa.quality import has_evidence
@@ -75,7 +75,7 @@ class Composer:
         """Tokens of a window so that the longest wording, question and answer still fit."""
         frames = [
             as_trained(self.settings.layout, text, "", self.tokenizer)
-            for kind in ("paper", "book", "report", "code")
+            for kind in KINDS
             for text in frame_texts(kind)
         ]
         context = self.settings.context
@@ -103,18 +103,14 @@ class Composer:
         joined = "|".join(str(part) for part in (self.settings.seed, *parts))
         return int.from_bytes(hashlib.sha256(joined.encode()).digest()[:8], "big")
 
-    def from_text(self, unit: Unit) -> list[tasks.Pair]:
-        """Pairs made without a model."""
-        document, settings = unit.document, self.settings
-        material = tasks.Material(
-            unit.window,
-            document.style,
-            document.kind,
-            language=settings.language,
-            code_language=document.language,
-        )
+    def from_text(self, unit: Unit) -> dict[str, Any]:
+        """What is recorded of a unit whose pairs are made without a model."""
+        settings = self.settings
+        material = tasks.Material(unit.window, settings.language)
         rng = random.Random(self.number("tasks", unit.name))
-        return tasks.make_pairs(material, settings.questions, rng, settings.tasks)
+        pairs = tasks.make_pairs(material, settings.questions, rng, settings.tasks)
+        entry = self.entry(unit, pairs)
+        return entry if pairs else {**entry, "why": tasks.why_none(material, settings.tasks)}
 
     def from_model(self, unit: Unit, answer: Sequence[ModelPair]) -> list[tasks.Pair]:
         """Pairs of a model's answer as they are checked and written."""
@@ -126,7 +122,7 @@ class Composer:
     def entry(
         self, unit: Unit, pairs: Sequence[tasks.Pair], spent: tuple[int, int] | None = None
     ) -> dict[str, Any]:
-        """The journal's line of a finished unit: pairs that passed, and why others did not."""
+        """What is recorded of a finished unit: pairs that passed, and why others did not."""
         dropped: Counter[str] = Counter()
         kept = []
         for pair in pairs:
@@ -157,8 +153,6 @@ class Composer:
                 }
             )
         found: dict[str, Any] = {
-            "type": "unit",
-            "unit": unit.name,
             "document": unit.document.digest,
             "name": unit.document.name,
             "kind": unit.document.kind,

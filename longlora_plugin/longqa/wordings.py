@@ -40,14 +40,6 @@ FRAMES: dict[str, tuple[str, ...]] = {
         "The answer to the next question stands in the report above. {question}",
         "I need something looked up in the following text:\n\n{document}\n\n{question}",
     ),
-    "code": (
-        "Here is source code. Read it as a reviewer would; a question follows.\n\n"
-        "{document}\n\nThat is all of the code. Question: {question}",
-        "Look through this program text before you answer.\n\n"
-        "=== source ===\n{document}\n=== end of source ===\n\n{question}",
-        "<code>\n{document}\n</code>\n\nAnswer from the code above: {question}",
-        "The following lines are from a code base:\n\n{document}\n\nAbout these lines: {question}",
-    ),
 }
 
 # What Axolotl's stock `type: alpaca` puts around a row; it counts towards the context.

@@ -27,8 +27,8 @@ class Writer:
     ) -> None:
         self.composer, self.journal, self.report = composer, journal, report
         self.rows = {
-            "train": Rows(out, repair=True),
-            "validation": Rows(validation_path(out), repair=True),
+            "train": Rows(out),
+            "validation": Rows(validation_path(out)),
         }
         self.pairs = NearDuplicates(composer.settings.similar)
         for entry in journal.units.values():
@@ -37,10 +37,17 @@ class Writer:
                     self.pairs.add(pair["row"], _says(pair))
         self.short = self._short_lines(short)
         self.short_used = 0
+        self.gave: set[str] = set()
 
     def write(self, unit: Unit, entry: dict[str, Any]) -> None:
         report, rows = self.report, self.rows[unit.split]
         report.dropped.update(entry["dropped"])
+        if entry["pairs"]:
+            report.barren.pop(unit.document.name, None)
+            self.gave.add(unit.document.name)
+        elif unit.document.name not in self.gave:
+            why = entry.get("why") or "; ".join(f"{n} {why}" for why, n in entry["dropped"].items())
+            report.barren[unit.document.name] = why or "the model asked nothing about it"
         for pair in entry["pairs"]:
             if pair["row"] not in rows.names:
                 if self.pairs.find(_says(pair)):
@@ -63,7 +70,7 @@ class Writer:
             self.short_used += 1
             name = row_name(line)
             if name not in self.journal.short_tokens:
-                self.journal.write({"type": "short", "row": name, "tokens": tokens})
+                self.journal.write("short", name, tokens)
             if name not in self.rows["train"].names:
                 self.rows["train"].append(line)
             self.report.pairs["short"] += 1
@@ -85,10 +92,6 @@ class Writer:
         ordered = sorted(found.items())
         random.Random(composer.number("short")).shuffle(ordered)
         return ordered
-
-    def close(self) -> None:
-        for rows in self.rows.values():
-            rows.close()
 
 
 def _says(pair: dict[str, Any]) -> str:

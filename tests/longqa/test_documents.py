@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from longqa_material import epub, pdf, pdf_bomb, story
 
-from longlora_plugin.longqa import parsers
 from longlora_plugin.longqa.decoding import Unreadable
-from longlora_plugin.longqa.documents import Reader, find_files
+from longlora_plugin.longqa.documents import Limits, Reader, find_files
 from longlora_plugin.longqa.sections import split_sections
 
 pytest.importorskip("pypdf")
@@ -19,7 +23,7 @@ pytest.importorskip("markitdown")
 
 @pytest.fixture(scope="module")
 def reader():
-    with Reader(max_file_mb=4, seconds=60) as opened:
+    with Reader(Limits(max_file_mb=4, read_seconds=60)) as opened:
         yield opened
 
 
@@ -75,11 +79,6 @@ def test_pdf_gives_paragraphs_and_sections_from_its_outline(reader, tmp_path):
     assert sections[-1].text.startswith(line)
 
 
-def test_source_code_knows_its_language(reader, tmp_path):
-    document = read(reader, tmp_path / "a.rs", "fn main() {\n    let answer = 42;\n}\n")
-    assert (document.kind, document.style, document.language) == ("code", "code", "rust")
-
-
 @pytest.mark.parametrize(
     ("encoding", "text"),
     [
@@ -100,11 +99,11 @@ def test_a_few_marks_late_in_a_long_file_are_read_as_windows_1252(reader, tmp_pa
 
 
 def test_a_given_encoding_is_used_for_text_that_is_not_utf8(tmp_path):
-    with Reader(encoding="koi8-r") as reader:
+    with Reader(Limits(encoding="koi8-r")) as reader:
         assert read(reader, tmp_path / "a.txt", "Все семьи".encode("koi8-r")).text == "Все семьи"
         assert read(reader, tmp_path / "b.txt", "Все семьи").text == "Все семьи"
     with (
-        Reader(encoding="ascii") as reader,
+        Reader(Limits(encoding="ascii")) as reader,
         pytest.raises(Unreadable, match="neither UTF-8 nor ascii"),
     ):
         read(reader, tmp_path / "a.txt")
@@ -128,7 +127,8 @@ def test_a_digest_ignores_layout_but_not_words(reader, tmp_path):
         ("a.pdf", pdf([[]]), "holds no text"),
         ("a.epub", b"PK\x03\x04 and then nothing", "not a readable EPUB"),
         ("a.docx", b"something", "not read"),
-        ("a.json", b'{"a": 1}', "holds data"),
+        ("a.json", b'{"a": 1}', "not read"),
+        ("a.py", b"print(1)", "not read"),
     ],
 )
 def test_a_bad_file_says_why(reader, tmp_path, name, content, says):
@@ -175,22 +175,101 @@ def test_a_file_of_one_gigabyte_is_refused_unread(reader, tmp_path):
         read(reader, path)
 
 
-def test_a_parser_that_takes_too_long_is_ended_and_the_next_file_read(tmp_path):
-    made = pdf([["Words on a page."]])
-    with Reader(seconds=0.001) as reader:
-        with pytest.raises(Unreadable, match=r"took longer than 0\.001 s"):
-            read(reader, tmp_path / "a.pdf", made)
-        reader.seconds = 60
-        assert read(reader, tmp_path / "b.pdf", made).text == "Words on a page."
+def wait_for_the_end_of(worker: int) -> None:
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{worker}/stat").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
-def test_a_parser_that_dies_costs_one_file(tmp_path, monkeypatch):
+HOSTILE = {
+    "backticks.md": " ".join("`" * n for n in range(1, 6000)),
+    "nested.md": "> " * 200_000 + "a",
+    "nested.html": "<div>" * 400_000 + "deep",
+    "table.html": "<table><tr><td>" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_file_that_keeps_any_parser_busy_is_given_up_in_time(tmp_path, name):
+    with Reader(Limits(read_seconds=3)) as reader:
+        read(reader, tmp_path / "before.txt", "Some words.")
+        start = time.monotonic()
+        with contextlib.suppress(Unreadable):
+            read(reader, tmp_path / name, HOSTILE[name])
+        assert time.monotonic() - start < 6
+        assert read(reader, tmp_path / "after.txt", "Some words.").text == "Some words."
+
+
+@pytest.mark.parametrize("suffix", ["txt", "md", "html", "pdf"])
+def test_the_time_limit_ends_the_worker_whatever_the_format(tmp_path, monkeypatch, suffix):
+    made = pdf([["Words on a page."]]) if suffix == "pdf" else "Words on a page."
+    with Reader(Limits(read_seconds=1e-6)) as reader:
+        with pytest.raises(Unreadable, match="took longer than 1e-06 s"):
+            read(reader, tmp_path / f"a.{suffix}", made)
+        wait_for_the_end_of(reader._worker)
+        reader.limits = Limits()
+        assert read(reader, tmp_path / f"b.{suffix}", made).text == "Words on a page."
+
+
+def test_a_worker_that_dies_costs_one_file(tmp_path):
     with Reader() as reader:
-        with monkeypatch.context() as patch:
-            patch.setattr(parsers.sys, "executable", "/bin/false")
-            with pytest.raises(Unreadable, match="crashed the PDF parser"):
-                read(reader, tmp_path / "a.pdf", pdf([["Words."]]))
-        assert read(reader, tmp_path / "a.pdf").text == "Words."
+        read(reader, tmp_path / "a.txt", "Words.")
+        os.kill(reader._worker, signal.SIGKILL)
+        with pytest.raises(Unreadable, match="crashed its parser"):
+            read(reader, tmp_path / "a.txt")
+        assert read(reader, tmp_path / "a.txt").text == "Words."
+
+
+def test_the_worker_ends_with_a_parent_that_is_killed(tmp_path):
+    (tmp_path / "a.txt").write_text("Words.")
+    program = (
+        "import os, sys; from pathlib import Path\n"
+        "from longlora_plugin.longqa.documents import Reader\n"
+        "reader = Reader(); reader.read(Path(sys.argv[1]), 'a')\n"
+        "print(reader._worker, flush=True); os.kill(os.getpid(), 9)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "a.txt"], capture_output=True, text=True
+    )
+    wait_for_the_end_of(int(ran.stdout))
+
+
+def test_links_are_read_only_where_they_stay_in_the_folder(reader, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret.txt").write_text("A secret.")
+    (source / "a.txt").write_text("Some words.")
+    (source / "inside.txt").symlink_to("a.txt")
+    (source / "out.txt").symlink_to("../outside/secret.txt")
+    (source / "folder").symlink_to("../outside")
+    (source / "again").symlink_to(".")
+    (source / "self.txt").symlink_to("self.txt")
+    (source / "none.txt").symlink_to("nowhere.txt")
+    found = {}
+    for path in find_files(source):
+        try:
+            found[path.name] = reader.read(path, path.name, source).text
+        except Unreadable as error:
+            found[path.name] = str(error)
+    assert found.pop("a.txt") == found.pop("inside.txt") == "Some words."
+    assert "link out of the folder" in found.pop("out.txt")
+    assert "link out of the folder" in found.pop("folder")
+    assert "only linked" in found.pop("again")
+    assert found == dict.fromkeys(("self.txt", "none.txt"), "is not a regular file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
+def test_a_folder_that_cannot_be_listed_is_named(reader, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(Unreadable, match="cannot be listed"):
+        reader.read(find_files(tmp_path)[0], "closed", tmp_path)
+
+
+def test_a_device_is_not_read(reader):
+    with pytest.raises(Unreadable, match="not a regular file"):
+        reader.read(Path("/dev/zero"), "zero")
 
 
 def test_a_pipe_is_not_waited_for(reader, tmp_path):

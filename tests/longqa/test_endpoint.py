@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-import os
-import signal
 import socket
-import sys
-import time
-from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from longqa_material import (
     Stub,
     answer_well,
@@ -21,58 +14,16 @@ from longqa_material import (
     error_answer,
     good_pairs,
     rows,
-    save_stories,
-    save_tokenizer,
 )
 
-from longlora_plugin.cli import longlora
-from longlora_plugin.longqa.endpoint import Budget, Prices, read_key
+from longlora_plugin.longqa.endpoint import read_key
 from longlora_plugin.longqa.journal import provenance_path
 
 for package in ("openai", "sentencex", "datasketch"):
     pytest.importorskip(package)
 
 KEY = "sk-stub-0123456789abcdef"
-CONTEXT = 1500
 REQUEST = 1100  # tokens that the stub reports for one
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def stories(tmp_path_factory):
-    return save_stories(tmp_path_factory.mktemp("stories"), 6)
-
-
-def arguments(tokenizer: Path, stories: Path, out: Path, url: str, *options: object) -> list[str]:
-    fixed = ["longqa", "build", stories, out, "--tokenizer", tokenizer, "--context", CONTEXT]
-    fixed += ["--base-url", url, "--model", "stub", "--questions", 2, "--answer-tokens", 200]
-    return [str(part) for part in (*fixed, "--retries", 1, *options)]
-
-
-@pytest.fixture
-def ask(tokenizer, stories, tmp_path, monkeypatch):
-    """Function (url, *options, out=…) → click's result."""
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("COLUMNS", "300")
-
-    def run(url: str, *options: object, out: Path = tmp_path / "a.jsonl"):
-        return CliRunner().invoke(longlora, arguments(tokenizer, stories, out, url, *options))
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def whole(tokenizer, stories, tmp_path_factory):
-    """Rows of an uninterrupted build, and how many requests it took."""
-    out = tmp_path_factory.mktemp("whole") / "a.jsonl"
-    with Stub() as stub:
-        result = CliRunner().invoke(longlora, arguments(tokenizer, stories, out, stub.url))
-        assert result.exit_code == 0, result.output
-        return out.read_bytes(), len(stub.requests)
 
 
 def test_pairs_of_a_model_become_rows_with_their_evidence_in_the_record(ask, whole, tmp_path):
@@ -115,7 +66,11 @@ def test_the_key_goes_to_the_server_and_nowhere_else(ask, tmp_path, caplog):
             output += ask(stub.url, "--concurrency", 1, "--retries", 0).output
     assert set(stub.keys) == {f"Bearer {KEY}"}
     assert "HTTP 401" in output
-    everything = output + caplog.text + "".join(p.read_text() for p in tmp_path.iterdir())
+    everything = (
+        output
+        + caplog.text
+        + "".join(p.read_bytes().decode("utf-8", "replace") for p in tmp_path.iterdir())
+    )
     assert KEY not in everything
     assert "***" in everything
 
@@ -362,16 +317,6 @@ def test_the_token_budget_is_never_exceeded_over_all_runs(ask, whole, tmp_path):
     assert (tmp_path / "a.jsonl").read_bytes() == whole[0]
 
 
-def test_the_cost_is_counted_with_the_given_prices_and_held_to_the_budget(ask, tmp_path):
-    prices = ("--price-prompt", 100, "--price-completion", 1000)  # 0.2 for a request of the stub
-    with Stub() as stub:
-        result = ask(stub.url, *prices, "--max-cost", 1.5, "--json", tmp_path / "r.json")
-    assert result.exit_code == 5
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert report["cost"] == pytest.approx(0.2 * len(stub.requests))
-    assert 0 < report["cost"] <= 1.5
-
-
 def test_tokens_of_bad_replies_count_towards_the_budget(ask, tmp_path):
     with Stub(BAD_REPLIES["not json"][0]) as stub:
         result = ask(stub.url, "--max-tokens", 6000, "--json", tmp_path / "r.json")
@@ -380,88 +325,14 @@ def test_tokens_of_bad_replies_count_towards_the_budget(ask, tmp_path):
     assert sum(report["tokens"]) == REQUEST * len(stub.requests) <= 6000
 
 
-def test_a_budget_in_money_without_prices_is_a_usage_error(ask):
-    result = ask("http://localhost:1/v1", "--max-cost", 5)
-    assert result.exit_code == 2
-    assert "--price-prompt" in result.output
-
-
-def test_a_server_that_reports_no_usage_is_counted_at_the_most():
-    budget = Budget(max_tokens=100, max_cost=None, prices=Prices())
-    assert budget.allow("a", 50, 10)
-    assert not budget.allow("b", 50, 10)
-    assert budget.settle("a", None) == (50, 10)
-    assert budget.allow("b", 30, 10)
-
-
-def test_dry_run_says_what_it_would_cost_and_asks_nothing(ask, whole, tmp_path):
+def test_dry_run_says_what_it_would_take_and_asks_nothing(ask, whole, tmp_path):
     with Stub() as stub:
-        result = ask(
-            stub.url, "--dry-run", "--price-prompt", 1, "--price-completion", 2,
-            "--json", tmp_path / "r.json",
-        )  # fmt: skip
+        result = ask(stub.url, "--dry-run", "--json", tmp_path / "r.json")
     assert result.exit_code == 0
     assert stub.requests == []
     assert not (tmp_path / "a.jsonl").exists()
     assert not provenance_path(tmp_path / "a.jsonl").exists()
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["to_ask"] == whole[1]
-    prompt, answers = report["tokens"]
-    assert answers == 400 * whole[1]
-    assert report["cost"] == pytest.approx((prompt + 2 * answers) / 1e6)
-    assert "cost, at most" in result.output
-
-
-def test_kill_9_at_any_point_and_again_gives_the_set_of_an_uninterrupted_run(ask, whole, tmp_path):
-    out = tmp_path / "a.jsonl"
-    kills = 3
-    with Stub(delay=0.02) as stub:
-        for _ in range(kills):
-            before = len(stub.requests)
-            # A fork has everything imported already; it is killed as any other process is.
-            process = multiprocessing.get_context("fork").Process(
-                target=ask, args=(stub.url, "--concurrency", 2)
-            )
-            process.start()
-            deadline = time.monotonic() + 60
-            while len(stub.requests) < before + 4:
-                assert process.is_alive()
-                assert time.monotonic() < deadline
-                time.sleep(0.001)
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            assert process.exitcode == -signal.SIGKILL
-            left = out.read_bytes() if out.exists() else b""
-            assert whole[0].startswith(left)
-        assert 0 < len(left) < len(whole[0])
-        stub.delay = 0
-        assert ask(stub.url).exit_code == 0
-    assert out.read_bytes() == whole[0]
-    # Only what was under way at a kill is asked again: two requests at a time.
-    assert len(stub.requests) <= whole[1] + 2 * kills
-
-
-@pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_keeps_the_replies_under_way_and_twice_drops_them(ask, whole, tmp_path, times):
-    def in_child():
-        sys.exit(ask(stub.url, "--concurrency", 2, "--retries", 0).exit_code)
-
-    with Stub(delay=0.2 if times == 1 else 20) as stub:
-        process = multiprocessing.get_context("fork").Process(target=in_child)
-        process.start()
-        deadline = time.monotonic() + 60
-        while len(stub.requests) < (3 if times == 1 else 2):
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        for _ in range(times):
-            os.kill(process.pid, signal.SIGINT)
-            time.sleep(0.3 * (times - 1))
-        process.join(15)
-        assert process.exitcode == 130
-        asked = len(stub.requests)
-        assert asked < whole[1]
-        out = tmp_path / "a.jsonl"
-        assert (len(rows(out)) if out.exists() else 0) == (2 * asked if times == 1 else 0)
-        stub.delay = 0
-        assert ask(stub.url).exit_code == 0
-    assert out.read_bytes() == whole[0]
+    assert report["tokens"][1] == 400 * whole[1]
+    assert "completion tokens, at most" in result.output

@@ -6,7 +6,8 @@ import pytest
 from longqa_material import story
 
 from longlora_plugin.longqa.documents import Document
-from longlora_plugin.longqa.sections import sentences, split_sections, windows
+from longlora_plugin.longqa.scripts import sentences
+from longlora_plugin.longqa.sections import split_sections, windows
 
 pytest.importorskip("sentencex")
 
@@ -41,9 +42,9 @@ def test_windows_fit_hold_all_text_once_and_start_and_end_with_a_sentence(budget
     assert all(0 < window.tokens <= budget for window in cut)
     assert [window.tokens for window in cut] == words([window.text for window in cut])
     assert flat(" ".join(window.text for window in cut)) == flat(text)
-    whole = {flat(sentence) for sentence in sentences(text, "plain")}
+    whole = {flat(sentence) for sentence in sentences(text)}
     for window in cut:
-        found = [flat(sentence) for sentence in sentences(window.text, "plain")]
+        found = [flat(sentence) for sentence in sentences(window.text)]
         assert {found[0], found[-1]} <= whole
 
 
@@ -70,17 +71,6 @@ def test_a_sentence_longer_than_the_window_is_left_out_and_counted():
     assert [window.text for window in cut] == ["Short one here. Another short one."]
 
 
-def test_code_is_cut_between_lines():
-    text = "\n\n".join(
-        f"def step_{n}(value):\n    first = value + {n}\n    return first * {n}" for n in range(30)
-    )
-    cut, left_out = windows(document(text, "code"), 45, words)
-    assert left_out == 0
-    lines = set(text.split("\n"))
-    assert all(set(window.text.split("\n")) <= lines for window in cut)
-    assert all(window.text.startswith("def ") for window in cut)
-
-
 def test_plain_headings_are_found_but_not_a_speaker_in_a_play():
     text = "ACT I\n\nSCENE I. A street.\n\nIAGO.\nI hate the Moor.\n\n" + "He said much. " * 20
     text += "\n\nSCENE II. A house.\n\n" + "They said little. " * 20
@@ -100,4 +90,4 @@ def test_tokens_that_do_not_add_up_still_fit():
 
 def test_abbreviations_do_not_end_a_sentence():
     text = "Mr. Smith met Dr. Cole at 5 p.m. near the mill. They talked."
-    assert sentences(text, "plain") == [text[:-13], "They talked."]
+    assert sentences(text) == [text[:-13], "They talked."]

@@ -22,8 +22,8 @@ def window(*sections: str) -> Window:
     return Window(0, parts, "\n\n".join(sections), 0)
 
 
-def material(*sections: str, style: str = "plain", language: str | None = None) -> Material:
-    return Material(window(*sections), style, "book", code_language=language)
+def material(*sections: str) -> Material:
+    return Material(window(*sections))
 
 
 @pytest.fixture(scope="module")
@@ -149,23 +149,6 @@ def test_multi_hop_joins_two_sections_by_the_name_left_out(book):
         first = re.search(rf"\b{name}\b", after).start()
         start = after.index(answer)
         assert start <= first < start + len(answer)
-
-
-def test_code_asks_about_lines_and_identifiers():
-    lines = "\n\n".join(
-        f"def measure_{word}(value):\n    limit = {n} + value\n    return check_{word}(limit)\n\n\n"
-        f"def check_{word}(limit):\n    assert limit > {n}{n}\n    return measure_{word}(limit)"
-        for n, word in enumerate(("depth", "width", "height"))
-    )
-    code = material(lines, style="code", language="python")
-    assert set(code.names) == {
-        f"{verb}_{word}" for verb in ("measure", "check") for word in ("depth", "width", "height")
-    }
-    assert tasks.who_said(code, random.Random(0)) is None
-    pair = tasks.fill_name(code, random.Random(1))
-    assert pair.answer in code.names
-    assert "line" in tasks.what_follows(code, random.Random(0)).question + " line"
-    assert tasks.what_follows(code, random.Random(0)).answer in lines.split("\n")
 
 
 @pytest.mark.parametrize("task", TASKS)

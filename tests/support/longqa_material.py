@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
+import sqlite3
 import threading
 import time
 import zipfile
@@ -13,6 +15,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from longlora_plugin.longqa.journal import provenance_path, validation_path
 
 PEOPLE = ("Miriam", "Tobias", "Ottilie", "Gregor", "Wanda", "Lucan", "Petra", "Anselm")
 PLACES = ("Brennick", "Halmouth", "Ostervik", "Carrowdale", "Pellmar", "Windlestone")
@@ -285,3 +289,18 @@ def save_stories(folder: Path, count: int = 3) -> Path:
     for seed in range(count):
         (folder / f"story{seed}.txt").write_text(story(seed), encoding="utf-8")
     return folder
+
+
+def written(out: Path) -> dict[str, object]:
+    """The rows of each file as bytes, and the steps of the record."""
+    found: dict[str, object] = {
+        path.name.removeprefix(out.stem): path.read_bytes()
+        for path in (out, validation_path(out))
+        if path.exists()
+    }
+    return {**found, "steps": sorted(steps(out))}
+
+
+def steps(out: Path) -> list[tuple[str, str, str]]:
+    with contextlib.closing(sqlite3.connect(provenance_path(out))) as database:
+        return database.execute("SELECT kind, name, content FROM steps ORDER BY rowid").fetchall()

@@ -174,7 +174,7 @@ def _sentences(document: str) -> list[str]:
     from longlora_plugin.longqa.tasks import Material
 
     window = Window(0, (Section(None, document),), document, 0)
-    return sorted(text for text, _ in Material(window, "plain", "book").all)
+    return sorted(text for text, _ in Material(window).all)
 
 
 # ---- tokens ---------------------------------------------------------------------------------
