@@ -82,12 +82,9 @@ SIGNATURES = {
 """The contract's signature, and that of transformers' attention interface."""
 
 TOO_LONG = {
-    "longlora_plugin/cli/longqa.py::_build",
     "longlora_plugin/cli/plan.py::_print_paper",
     "longlora_plugin/evaluation/callback.py::__init__",
     "longlora_plugin/evaluation/perplexity.py::score_documents",
-    "longlora_plugin/longqa/build.py::__init__",
-    "longlora_plugin/longqa/endpoint.py",
     "longlora_plugin/plan/flops.py::step_flops",
     "longlora_plugin/plan/memory.py::memory",
     "longlora_plugin/plan/parameters.py::count_parameters",
@@ -99,8 +96,6 @@ TOO_LONG = {
     "tests/attention/test_works_with.py",
     "tests/benchmarks/test_longqa_score.py",
     "tests/evaluation/test_command.py",
-    "tests/longqa/test_build.py",
-    "tests/longqa/test_endpoint.py",
     "tests/plan/test_plan.py",
     "tests/recipes/test_existing_recipes.py",
     "tests/recipes/test_recipes.py",
