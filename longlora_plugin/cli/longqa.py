@@ -75,8 +75,8 @@ def build(source: Path, out: Path, **options: Any) -> None:
 
 def _build(source: Path, out: Path, options: dict[str, Any]) -> Report:
     from longlora_plugin.longqa.build import Builder
-    from longlora_plugin.longqa.documents import Reader
     from longlora_plugin.longqa.endpoint import Endpoint
+    from longlora_plugin.longqa.reader import Reader
     from longlora_plugin.longqa.short import read_short
 
     if (options["base_url"] is None) != (options["model"] is None):

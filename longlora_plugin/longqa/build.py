@@ -19,7 +19,7 @@ from typing import Any
 
 from longlora_plugin.longqa.asker import Asker
 from longlora_plugin.longqa.decoding import Unreadable
-from longlora_plugin.longqa.documents import Reader, find_files
+from longlora_plugin.longqa.documents import find_files
 from longlora_plugin.longqa.endpoint import Endpoint
 from longlora_plugin.longqa.journal import (
     CannotWrite,
@@ -29,6 +29,7 @@ from longlora_plugin.longqa.journal import (
 )
 from longlora_plugin.longqa.optional import require
 from longlora_plugin.longqa.quality import SAME_DOCUMENT, NearDuplicates
+from longlora_plugin.longqa.reader import Reader
 from longlora_plugin.longqa.sections import windows
 from longlora_plugin.longqa.settings import (
     EXIT_DISK,

@@ -1,4 +1,4 @@
-"""Parsers of every format, for the worker process of `documents.Reader`."""
+"""Parsers of every format, for the worker process of `reader.Reader`."""
 
 from __future__ import annotations
 

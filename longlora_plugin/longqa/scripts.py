@@ -36,9 +36,13 @@ def width(text: str, wide: int = WIDE) -> int:
 
 
 def share_of_letters(text: str) -> float:
-    """Share of letters, of the marks that belong to them, and of white space."""
-    kinds = (unicodedata.category(char)[0] for char in text)
-    return sum(kind in "LMZ" for kind in kinds) / max(1, len(text))
+    """Share of letters, of their marks and of white space; a wide letter weighs as in `width`."""
+    weights = [
+        (width(char) if kind == "L" else 1, kind in "LMZ" or char.isspace())
+        for char in text
+        for kind in [unicodedata.category(char)[0]]
+    ]
+    return sum(weight for weight, counts in weights if counts) / max(1, sum(w for w, _ in weights))
 
 
 def terms(text: str) -> Iterator[str]:

@@ -14,7 +14,8 @@ import pytest
 from longqa_material import epub, pdf, pdf_bomb, story
 
 from longlora_plugin.longqa.decoding import Unreadable
-from longlora_plugin.longqa.documents import Limits, Reader, find_files
+from longlora_plugin.longqa.documents import Limits, find_files
+from longlora_plugin.longqa.reader import Reader
 from longlora_plugin.longqa.sections import split_sections
 
 pytest.importorskip("pypdf")
@@ -225,7 +226,7 @@ def test_the_worker_ends_with_a_parent_that_is_killed(tmp_path):
     (tmp_path / "a.txt").write_text("Words.")
     program = (
         "import os, sys; from pathlib import Path\n"
-        "from longlora_plugin.longqa.documents import Reader\n"
+        "from longlora_plugin.longqa.reader import Reader\n"
         "reader = Reader(); reader.read(Path(sys.argv[1]), 'a')\n"
         "print(reader._worker, flush=True); os.kill(os.getpid(), 9)"
     )
