@@ -12,7 +12,12 @@ from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.flex import flex_attention
 from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
 from longlora_plugin.attention.sdpa import eager_kernel, grouped_attention, sdpa_kernel
-from longlora_plugin.attention.varlen import varlen_attention
+from longlora_plugin.attention.varlen import (
+    flash_attention,
+    torch_varlen,
+    torch_varlen_serves,
+    varlen_attention,
+)
 
 Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCall], torch.Tensor]
 """S²-Attn of a batch: (q_BHND, k_BKND, v_BKND, call) → [B, N, H, D]."""
@@ -35,7 +40,7 @@ def backend_for(implementation: str | None) -> Backend:
         ValueError: S²-Attn has no such back end; names the supported ones.
     """
     if implementation == "sdpa":
-        return partial(grouped_attention, kernel=sdpa_kernel)
+        return _sdpa
     if implementation == "eager":
         return partial(grouped_attention, kernel=eager_kernel)
     if implementation == "flex_attention":
@@ -44,11 +49,21 @@ def backend_for(implementation: str | None) -> Backend:
     if name in ("flash_attention_2", "flash_attention_3", "flash_attention_4") or (
         "/" in name and "flash" in name and "|" not in name
     ):
-        return partial(varlen_attention, implementation=str(implementation))
+        return partial(flash_attention, implementation=str(implementation))
     raise ValueError(
         f"shifted attention does not support attn_implementation: {implementation}; "
         f"write one of {', '.join(SUPPORTED)}, or longlora: {{shifted_attention: false}}"
     )
+
+
+def _sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
+) -> torch.Tensor:
+    # Packed and padded rows have segments of many lengths, each a kernel call (and on Hopper a plan
+    # of cuDNN) of its own in SDPA. Rows without either keep SDPA: nobody measured them faster.
+    if not call.documents.are_rows and torch_varlen_serves(query, value, call):
+        return varlen_attention(query, key, value, call, kernel=torch_varlen)
+    return grouped_attention(query, key, value, call, kernel=sdpa_kernel)
 
 
 def check_settings(group_size: int, full_attention_below: int) -> None:

@@ -47,3 +47,7 @@ class AttentionCall:
         if self.sinks_H is None:
             return self
         return replace(self, sinks_H=self.sinks_H[run.query])
+
+    def with_scale(self, head_dim: int) -> AttentionCall:
+        """The call with its scale written out, before heads of `head_dim` are padded."""
+        return self if self.scale is not None else replace(self, scale=head_dim**-0.5)

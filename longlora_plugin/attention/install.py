@@ -5,9 +5,10 @@
 covered layer is causal, attends to the whole document and goes through the registry. All others
 keep the original path and are counted with the reason.
 
-Two kinds of forward hooks help: models note the `position_ids` they are called with, for the mask
-function is not told of them where there is a padding mask or a cache; and a layer that keeps the
-original path but shares a covered layer's mask gets its dense mask back.
+Two kinds of forward hooks help: models note when a forward pass begins (`forwards.py`), whether it
+trains and with which `position_ids`, for the mask function is not told of them where there is a
+padding mask or a cache; and a layer that keeps the original path but shares a covered layer's mask
+gets its dense mask back.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from longlora_plugin.attention import packing
 from longlora_plugin.attention.backends import backend_for, check_settings
 from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.eligibility import attention_layers, eligible_layers
+from longlora_plugin.attention.forwards import Forwards, ReadDocuments
 from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
 from longlora_plugin.attention.registries import (
     MARK,
+    WHOLE_ROWS,
     are_document_ids,
     disable,
     enable,
-    enabled,
     original_mask,
 )
 
@@ -43,7 +45,6 @@ class ShiftedAttention:
         skipped: reason → number of attention layers that keep the original path.
         active: False switches training back to the model's own attention, and True on again.
         calls: how often S²-Attn ran; 0 after a training step means that it never engaged.
-        position_ids: what the model now running was given, None between forward passes.
     """
 
     def __init__(
@@ -61,12 +62,10 @@ class ShiftedAttention:
         self.skipped = dict(skipped)
         self.active = True
         self.calls = 0
-        self.position_ids: torch.Tensor | None = None
         self._modules = modules
         self._hooks: list[Any] = []
-        self._dense_mask: tuple[torch.Tensor, Any] | None = None
         self._copies: WeakSet[torch.nn.Module] = WeakSet()
-        self._documents: tuple[Any, Any, packing.Documents] | None = None
+        self._forwards = Forwards()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShiftedAttention:
         # A copied model shares the handle, as it shares `remove()`. `memo` holds the copies of
@@ -87,42 +86,56 @@ class ShiftedAttention:
         self._hooks.clear()
         disable(self, [*self._modules, *self._copies])
 
-    def training(self, config: Any) -> bool:
-        """Whether a model of this `config` is about to train with S²-Attn."""
-        return self.active and any(
-            module.training
-            for module in [*self._modules, *self._copies]
-            if getattr(module, "config", None) is config
+    def position_ids_of(self, config: Any) -> tuple[bool, torch.Tensor | None]:
+        forward = self._forwards.current
+        trains = (
+            self.active
+            and forward is not None
+            and forward.trains
+            and any(
+                module.training
+                for module in [*self._modules, *self._copies]
+                if getattr(module, "config", None) is config
+            )
         )
+        return (True, forward.position_ids) if forward is not None and trains else (False, None)
+
+    def shifts(self, attention_mask: Any) -> bool:
+        if are_document_ids(attention_mask):
+            return True
+        # Of a layer alone, as when checkpointing recomputes it, or of a mask that another package
+        # makes, all that is known is whether gradients are recorded.
+        forward = self._forwards.current
+        trains = torch.is_grad_enabled() if forward is None else forward.trains
+        return self.active and trains
+
+    def remember(self, document_ids: torch.Tensor, documents: packing.Documents) -> None:
+        self._forwards.documents = ReadDocuments.of(document_ids, documents)
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Hook the model's position ids, and the masks of layers that keep the original path."""
+        """Hook where forward passes begin, and the masks of layers with the original attention."""
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 self._hooks += [
-                    module.register_forward_pre_hook(self._note_positions, with_kwargs=True),
-                    module.register_forward_hook(self._forget_positions, always_call=True),
+                    module.register_forward_pre_hook(self._begin, with_kwargs=True),
+                    module.register_forward_hook(self._end, always_call=True),
                 ]
         for module in attention_layers(model):
             self._hooks.append(
                 module.register_forward_pre_hook(self._give_dense_mask, with_kwargs=True)
             )
 
-    def _note_positions(self, _: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        positions = kwargs.get("position_ids")
-        # Positions of images and the like have another shape and say nothing of documents.
-        if self.active and isinstance(positions, torch.Tensor) and positions.dim() == 2:
-            self.position_ids = positions
+    def _begin(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._forwards.begin(module, args, kwargs)
 
-    def _forget_positions(self, *_: Any) -> None:
-        self.position_ids = None
+    def _end(self, module: torch.nn.Module, *_: Any) -> None:
+        self._forwards.end(module)
 
+    @torch.compiler.disable
     def _give_dense_mask(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self not in enabled():
-            return None  # removed, but the hooks of copied models are still there
-        if self.active and module.training and MARK in module.__dict__:
+        if module.training and MARK in module.__dict__:
             return None
         given = [*args, *kwargs.values()]
         if not any(are_document_ids(x) for x in given):
@@ -134,9 +147,11 @@ class ShiftedAttention:
         def dense(x: Any) -> Any:
             if not are_document_ids(x):
                 return x
-            if self._dense_mask is None or self._dense_mask[0] is not x:
-                self._dense_mask = (x, original_mask(x, module.config, dtype))
-            return self._dense_mask[1]
+            known = self._forwards.dense_mask
+            if known is None or known[0] is not x:
+                known = (x, original_mask(x, module.config, dtype))
+                self._forwards.dense_mask = known
+            return known[1]
 
         return tuple(dense(x) for x in args), {name: dense(x) for name, x in kwargs.items()}
 
@@ -202,42 +217,38 @@ class ShiftedAttention:
         cu_seqlens: torch.Tensor | None,
     ) -> packing.Documents:
         batch, length = query.shape[0], query.shape[2]
-        # Layers of one forward pass get the same objects: look once, not once a layer.
-        given = (attention_mask, position_ids, cu_seqlens)
-        versions = (batch, length, *[x if x is None else x._version for x in given])
-        if self._documents is not None:
-            known, known_versions, found = self._documents
-            if versions == known_versions and all(
-                a is b for a, b in zip(given, known, strict=True)
-            ):
-                return found
-        if cu_seqlens is not None and batch == 1 and attention_mask is None:
-            found = packing.from_boundaries(cu_seqlens, length)
-        else:
-            if position_ids is not None and (
-                position_ids.dim() != 2 or position_ids.shape[-1] != length
-            ):
-                position_ids = None  # positions of images and the like say nothing of documents
-            found = packing.from_ids(
-                _ids_of(attention_mask, batch, length),
-                position_ids,
-                batch=batch,
-                length=length,
+        if attention_mask is not None and not are_document_ids(attention_mask):
+            raise ValueError(
+                f"shifted attention got a custom attention mask of shape "
+                f"{list(attention_mask.shape)}; it needs plain causal attention. Pass a 2-D "
+                "attention_mask for padding, position_ids that start anew for packed documents, or "
+                "write longlora: {shifted_attention: false}"
             )
-        self._documents = (given, versions, found)
+        listed = attention_mask is not None and attention_mask.dtype is not WHOLE_ROWS
+        given: torch.Tensor | None
+        if cu_seqlens is not None and batch == 1 and not listed:
+            given = cu_seqlens
+        elif attention_mask is None and position_ids is not None:
+            # Positions of images and the like say nothing of documents.
+            fits = position_ids.dim() == 2 and position_ids.shape[-1] == length
+            given = position_ids if fits else None
+        else:
+            given = attention_mask if listed else None
+        if given is None:
+            return packing.whole_rows(batch, length)
+        # Layers of one forward pass get the same objects: read them once, not once a layer.
+        read = self._forwards.documents
+        if read is not None and read.still_of(given):
+            return read.documents
+        if given is cu_seqlens:
+            found = packing.from_boundaries(given, length)
+        elif given.dim() == 4:
+            ids = given[:, 0, 0, :length]
+            found = packing.from_ids(ids, None, batch=batch, length=length)
+        else:
+            found = packing.from_ids(None, given, batch=batch, length=length)
+        self._forwards.documents = ReadDocuments.of(given, found)
         return found
-
-
-def _ids_of(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
-    if mask is None:
-        return None
-    if are_document_ids(mask):
-        return mask[:, 0, 0, :length].expand(batch, length)
-    raise ValueError(
-        f"shifted attention got a custom attention mask of shape {list(mask.shape)}; it needs "
-        "plain causal attention. Pass a 2-D attention_mask for padding, position_ids that start "
-        "anew for packed documents, or write longlora: {shifted_attention: false}"
-    )
 
 
 def enable_shifted_attention(

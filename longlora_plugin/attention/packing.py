@@ -7,9 +7,10 @@ order; documents are intervals of it. Padding belongs to no document.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from longlora_plugin.attention.layout import Segments
@@ -25,18 +26,40 @@ class Documents:
     Attributes:
         batch, length: B and N.
         intervals: (first token, tokens) of each document, flattened.
-        real: int64 [real tokens], index in B·N of each real token; None where all are real.
+        real: int64 [real tokens] on the CPU, index in B·N of each real token; None where all are
+            real.
     """
 
     batch: int
     length: int
     intervals: Segments
     real: torch.Tensor | None = None
+    _copies: dict[torch.device, torch.Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def are_rows(self) -> bool:
         """Each row is one document without padding: tokens can be folded instead of gathered."""
         return self.real is None and len(self.intervals) == self.batch
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of all rows."""
+        return sum(self.intervals[-1])
+
+    def real_on(self, device: torch.device) -> torch.Tensor | None:
+        """`real` on a device; copied once for all layers."""
+        if self.real is not None and device not in self._copies:
+            self._copies[device] = index_on(self.real, device)
+        return self._copies.get(device)
+
+
+def index_on(index: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """An index tensor of the CPU on `device`, without waiting for what the device is doing."""
+    if device.type == "cuda":
+        return index.pin_memory().to(device, non_blocking=True)
+    return index.to(device)
 
 
 def whole_rows(batch: int, length: int) -> Documents:
@@ -84,35 +107,33 @@ def from_ids(
     """
     if document_ids is None and position_ids is None:
         return whole_rows(batch, length)
-    device = "cpu" if document_ids is None else document_ids.device
-    starts = torch.zeros(batch * length, dtype=torch.bool, device=device)
-    starts[::length] = True
-    real = None
-    if document_ids is not None:
-        ids = document_ids.reshape(-1)
-        kept = (ids != PADDING).nonzero().flatten()
-        if not len(kept):
-            return whole_rows(batch, length)  # a dummy batch: nothing looks at what comes out
-        if len(kept) < len(ids):
-            real, ids = kept, ids[kept]
-            rows = kept // length
-            starts = torch.ones(len(kept), dtype=torch.bool, device=device)
-            starts[1:] = rows[1:] != rows[:-1]
-        starts[1:] |= ids[1:] != ids[:-1]
-    if position_ids is not None:
-        positions = position_ids.expand(batch, length).reshape(-1).to(device)
-        goes_on = positions.diff() == 1
-        if real is not None:
-            steps = positions[real].diff()
-            goes_on = (steps == 1) | (steps == real.diff())
-        starts[1:] |= ~goes_on
-    cuts = [*starts.nonzero().flatten().tolist(), len(starts)]
-    intervals = tuple((a, b - a) for a, b in pairwise(cuts))
-    return Documents(batch, length, intervals, real)
+
+    def on_host(x: torch.Tensor | None) -> np.ndarray | None:
+        return None if x is None else x.expand(batch, length).reshape(-1).cpu().numpy()
+
+    return _read(on_host(document_ids), on_host(position_ids), batch, length)
 
 
-@torch.compiler.disable  # reads values of tensors
-def ids_of_mask(
+def _read(
+    ids: np.ndarray | None, positions: np.ndarray | None, batch: int, length: int
+) -> Documents:
+    kept = np.arange(batch * length) if ids is None else np.flatnonzero(ids != PADDING)
+    if not len(kept):
+        return whole_rows(batch, length)  # a dummy batch: nothing looks at what comes out
+    holes = np.diff(kept)
+    starts = np.ones(len(kept), dtype=bool)
+    starts[1:] = np.diff(kept // length) != 0
+    if ids is not None:
+        starts[1:] |= np.diff(ids[kept]) != 0
+    if positions is not None:
+        steps = np.diff(positions[kept])
+        starts[1:] |= (steps != 1) & (steps != holes)
+    cuts = [*np.flatnonzero(starts).tolist(), len(kept)]
+    real = None if len(kept) == batch * length else torch.from_numpy(kept)
+    return Documents(batch, length, tuple((a, b - a) for a, b in pairwise(cuts)), real)
+
+
+def read_mask(
     mask_function: Callable[..., torch.Tensor],
     padding_mask: torch.Tensor | None,
     *,
@@ -120,8 +141,9 @@ def ids_of_mask(
     length: int,
     device: torch.device | str,
     position_ids: torch.Tensor | None = None,
-) -> torch.Tensor | None:
-    """Document ids of an index-based mask function of transformers, in O(B·N).
+) -> tuple[torch.Tensor, Documents] | None:
+    """Documents of an index-based mask function of transformers, in O(B·N) and one wait for the
+    device.
 
     transformers describes a mask as a function of (row, head, query, key). Asked about a few
     pairs a token instead of all N × N, it says all that S² needs: whether a token sees its
@@ -134,8 +156,8 @@ def ids_of_mask(
         position_ids: integer [B, N] or [1, N], as in `from_ids`.
 
     Returns:
-        int64 [B, N] document ids, `PADDING` for padding; None where the mask is not causal
-        attention to the whole document.
+        int64 [B, N] document ids, `PADDING` for padding, and the documents; None where the mask is
+        not causal attention to the whole document.
     """
     rows = torch.arange(batch, device=device)[:, None]
     head = torch.zeros((), dtype=torch.long, device=device)
@@ -149,8 +171,7 @@ def ids_of_mask(
     def sees(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return mask_function(rows, head, query, key).expand(batch, query.shape[1])
 
-    if length > 1 and bool(sees(here[:, :-1], here[:, 1:]).any()):
-        return None
+    looks_ahead = sees(here[:, :-1], here[:, 1:]).any() if length > 1 else head.bool()
     # A hole of padding inside a row must not end the document: compare with the last real token.
     last_real = torch.where(real, here, -1).cummax(dim=1).values
     previous = torch.cat([here.new_full((batch, 1), -1), last_real[:, :-1]], dim=1)
@@ -160,6 +181,8 @@ def ids_of_mask(
         steps = positions - positions.gather(1, previous.clamp(min=0))
         start |= real & (steps != 1) & (steps != here - previous)
     first = torch.where(start, here, 0).cummax(dim=1).values
-    if not bool((sees(here, first) | ~real).all()):
-        return None
-    return torch.where(real, start.cumsum(dim=1), PADDING)
+    sees_all = (sees(here, first) | ~real).all()
+    ids = torch.where(real, start.cumsum(dim=1), PADDING)
+    plain = (sees_all & ~looks_ahead).long()
+    host = torch.cat([ids.flatten(), plain[None]]).cpu().numpy()
+    return (ids, _read(host[:-1], None, batch, length)) if host[-1] else None

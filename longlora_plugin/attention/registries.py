@@ -1,9 +1,9 @@
 """transformers' registries of attention and of mask functions, wrapped while a model is enabled.
 
-- The *mask* wrapper hands a covered model in training the documents of the batch, [B, 1, 1, N],
-  instead of an N × N mask. It is an ordinary argument of the layers, so gradient checkpointing
-  keeps it with the layer it belongs to.
-- The *attention* wrapper computes S²-Attn for covered layers in training.
+- The *mask* wrapper hands a covered model in a training pass the documents of the batch,
+  [B, 1, 1, N], instead of an N × N mask. It is an ordinary argument of the layers, so gradient
+  checkpointing keeps it with the layer it belongs to.
+- The *attention* wrapper computes S²-Attn for covered layers that are given one.
 
 Names do not change, and every other model runs the original functions.
 """
@@ -26,14 +26,21 @@ MARK = "_longlora_shifted_attention"
 """Attribute of a covered attention module: its handle."""
 
 
+WHOLE_ROWS = torch.int8
+"""dtype of document ids that say: every row is one document, there is nothing to read."""
+
+
 class Handle(Protocol):
     """What the wrappers ask of an enabled model."""
 
-    active: bool
-    position_ids: torch.Tensor | None
+    def position_ids_of(self, config: Any) -> tuple[bool, torch.Tensor | None]:
+        """Whether a model of this `config` is in a training pass, and its positions."""
 
-    def training(self, config: Any) -> bool:
-        """Whether a model of this `config` is about to train with S²-Attn."""
+    def shifts(self, attention_mask: Any) -> bool:
+        """Whether a covered layer in training mode that is given this mask uses S²-Attn."""
+
+    def remember(self, document_ids: torch.Tensor, documents: packing.Documents) -> None:
+        """Note the documents that a mask stands for, so that no layer has to read them."""
 
     def attend(
         self,
@@ -79,7 +86,7 @@ def are_document_ids(mask: Any) -> bool:
     """Whether a mask is what the mask wrapper hands out."""
     return (
         isinstance(mask, torch.Tensor)
-        and mask.dtype == torch.int64
+        and mask.dtype in (torch.int64, WHOLE_ROWS)
         and mask.dim() == 4
         and mask.shape[1:3] == (1, 1)
     )
@@ -98,16 +105,14 @@ def _attention_wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
         handle = module.__dict__.get(MARK)
         if (
             handle is None
-            or not handle.active
             or not module.training
             or query.shape[2] != key.shape[2]
             or kwargs.get("is_causal") is False
+            or not handle.shifts(attention_mask)
         ):
             if are_document_ids(attention_mask):
-                raise ValueError(
-                    f"{type(module).__name__} runs the model's own attention, but got the mask of "
-                    "shifted attention; call handle.remove() before changing the model"
-                )
+                # Of a model that was enabled when its mask was made.
+                attention_mask = original_mask(attention_mask, module.config, query.dtype)
             return original(module, query, key, value, attention_mask, *args, **kwargs)
         return handle.attend(module, query, key, value, attention_mask, *args, **kwargs)
 
@@ -115,52 +120,60 @@ def _attention_wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _mask_wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
+    # What a batch holds is read from tensors, and dynamo would compile anew for every one.
+    @torch.compiler.disable
     def mask(*args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("config")
-        handle = next((handle for handle in _enabled if handle.training(config)), None)
-        if (
-            args
-            or config is None
-            or handle is None
-            or kwargs["q_length"] != kwargs["kv_length"]
-            or kwargs.get("use_vmap")
-            or limits_attention(kwargs.get("local_size"), config)
-        ):
-            return original(*args, **kwargs)
-        batch, length = kwargs["batch_size"], kwargs["q_length"]
-        padding, positions = kwargs.get("attention_mask"), handle.position_ids
-        if padding is not None and bool(padding.all()):
-            padding = None
-        if positions is not None and positions.shape not in ((batch, length), (1, length)):
-            positions = None
-        # None means "plain causal" to these implementations, but "no mask" to the others, of which
-        # a layer that keeps the original path may be given it too.
-        none_is_causal = config._attn_implementation not in ("eager", "flex_attention")
-        if (
-            none_is_causal
-            and kwargs.get("allow_is_causal_skip", True)
-            and padding is None
-            and positions is None
-            and kwargs["mask_function"] is plain_causal
-        ):
-            return None
-        ids = packing.ids_of_mask(
-            kwargs["mask_function"],
-            padding,
-            batch=batch,
-            length=length,
-            device=kwargs.get("device", "cpu"),
-            position_ids=positions,
-        )
-        return original(**kwargs) if ids is None else ids[:, None, None, :]
+        found = None if args else _document_ids(kwargs)
+        return original(*args, **kwargs) if found is None else found
 
-    mask.original = original  # type: ignore[attr-defined]
+    mask.original = original
     return mask
+
+
+def _document_ids(given: dict[str, Any]) -> torch.Tensor | None:
+    """[B, 1, 1, N] in place of the mask that a mask function was asked for; None: keep the mask."""
+    config = given.get("config")
+    if (
+        config is None
+        or given["q_length"] != given["kv_length"]
+        or given.get("use_vmap")
+        or limits_attention(given.get("local_size"), config)
+    ):
+        return None
+    for handle in _enabled:
+        trains, positions = handle.position_ids_of(config)
+        if trains:
+            break
+    else:
+        return None
+    batch, length = given["batch_size"], given["q_length"]
+    padding, device = given.get("attention_mask"), torch.device(given.get("device", "cpu"))
+    if positions is not None and positions.shape not in ((batch, length), (1, length)):
+        positions = None
+    rows = torch.zeros((), dtype=WHOLE_ROWS, device=device).expand(batch, 1, 1, length)
+    if padding is None and positions is None and given["mask_function"] is plain_causal:
+        return rows
+    found = packing.read_mask(
+        given["mask_function"],
+        padding,
+        batch=batch,
+        length=length,
+        device=device,
+        position_ids=positions,
+    )
+    if found is None:
+        return None
+    ids, documents = found
+    if documents.are_rows and positions is None:
+        return rows
+    handle.remember(ids := ids[:, None, None, :], documents)
+    return ids
 
 
 def original_mask(document_ids: torch.Tensor, config: Any, dtype: torch.dtype) -> Any:
     """The mask that [B, 1, 1, N] document ids stand for, as the model's own attention wants it."""
     ids = document_ids[:, 0, 0]
+    plain = ids.dtype is WHOLE_ROWS
 
     def same_document(
         b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor
@@ -172,9 +185,9 @@ def original_mask(document_ids: torch.Tensor, config: Any, dtype: torch.dtype) -
         batch_size=ids.shape[0],
         q_length=ids.shape[1],
         kv_length=ids.shape[1],
-        mask_function=same_document,
-        attention_mask=ids != packing.PADDING,
-        allow_is_causal_skip=False,
+        mask_function=plain_causal if plain else same_document,
+        attention_mask=None if plain else ids != packing.PADDING,
+        allow_is_causal_skip=plain,
         dtype=dtype,
         device=ids.device,
         config=config,

@@ -21,7 +21,8 @@ from torch.nn import functional
 
 from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.layout import HeadRun, Segments, ends
-from longlora_plugin.attention.packing import Documents
+from longlora_plugin.attention.packing import Documents, index_on
+from longlora_plugin.attention.rows import take_rows, unflatten
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCall], torch.Tensor]
 """Causal attention of a batch of segments: (q_SHLD, k_SKLD, v_SKLD, call) → out_SHLD. The call's
@@ -54,6 +55,11 @@ def sdpa_kernel(
     elif v_head_dim > head_dim:
         padding = (0, v_head_dim - head_dim)
         q_SHLD, k_SKLD = functional.pad(q_SHLD, padding), functional.pad(k_SKLD, padding)
+    grouped = q_SHLD.shape[1] != k_SKLD.shape[1]
+    if grouped and not has_fused_grouped_heads(q_SHLD):
+        repeats = q_SHLD.shape[1] // k_SKLD.shape[1]
+        k_SKLD, v_SKLD = (x.repeat_interleave(repeats, dim=1) for x in (k_SKLD, v_SKLD))
+        grouped = False
     out_SHLD = functional.scaled_dot_product_attention(
         q_SHLD,
         k_SKLD,
@@ -61,9 +67,24 @@ def sdpa_kernel(
         dropout_p=call.dropout,
         is_causal=True,
         scale=scale,
-        enable_gqa=q_SHLD.shape[1] != k_SKLD.shape[1],
+        enable_gqa=grouped,
     )
     return out_SHLD[..., :v_head_dim]
+
+
+def has_fused_grouped_heads(q: torch.Tensor) -> bool:
+    """Whether a kernel that never writes the scores out takes fewer KV heads than query heads.
+
+    On a GPU only FlashAttention does: 16 bits, Ampere or later, heads of up to 256. Elsewhere
+    `enable_gqa` falls to the kernel that writes N × N scores.
+    """
+    if q.device.type != "cuda":
+        return True
+    return (
+        q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
 
 
 def eager_kernel(
@@ -116,7 +137,7 @@ def grouped_attention(
     """
     documents = call.documents
     outputs = []
-    for run, q_run, k_run, v_run in by_run(q_BHND, k_BKND, v_BKND, call.runs, dim=1):
+    for run, q_run, k_run, v_run in by_run(call.runs, q_BHND, k_BKND, v_BKND, dim=1):
         attend: Attend = partial(_attend, kernel, call.of_run(run))
         if not documents.are_rows:
             outputs.append(_gathered(q_run, k_run, v_run, attend, call.segments(run), documents))
@@ -125,7 +146,9 @@ def grouped_attention(
         else:
             cuts = ends(documents.length, call.group_size, run.shift)
             outputs.append(_folded(q_run, k_run, v_run, attend, call.group_size, cuts))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    if documents.are_rows:
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return unflatten(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), documents)
 
 
 def _attend(
@@ -135,7 +158,7 @@ def _attend(
 
 
 def by_run(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: tuple[HeadRun, ...], *, dim: int
+    runs: tuple[HeadRun, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dim: int
 ) -> list[tuple[HeadRun, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Split query, key and value along their heads; one `split` is one copy backward, where slices
     would add up tensors of zeros.
@@ -198,6 +221,7 @@ def _rounded(length: int) -> int:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept may be needed in training
 def _gather_plan(
     cut: Segments, device: torch.device
 ) -> tuple[torch.Tensor, tuple[tuple[int, int], ...], torch.Tensor]:
@@ -224,7 +248,7 @@ def _gather_plan(
         offset += token_SL.numel()
         taken.append(token_SL.flatten())
     shapes = tuple((len(members), width) for width, members in alike.items())
-    return torch.cat(taken).to(device), shapes, back.to(device)
+    return index_on(torch.cat(taken), device), shapes, index_on(back, device)
 
 
 def _gathered(
@@ -235,14 +259,16 @@ def _gathered(
     cut: Segments,
     documents: Documents,
 ) -> torch.Tensor:
-    taken_P, shapes, back_T = _gather_plan(cut, q_BHND.device)
-    if documents.real is not None:
-        taken_P = documents.real.to(taken_P.device)[taken_P]
+    device = q_BHND.device
+    taken_P, shapes, back_T = _gather_plan(cut, device)
+    real_T = documents.real_on(device)
+    if real_T is not None:
+        taken_P = real_T[taken_P]
     sizes = [count * length for count, length in shapes]
     batches = zip(
         shapes,
         *(
-            x.transpose(1, 2).flatten(0, 1).index_select(0, taken_P).split(sizes)
+            take_rows(x.transpose(1, 2).flatten(0, 1), taken_P, back_T, real_T).split(sizes)
             for x in (q_BHND, k_BKND, v_BKND)
         ),
         strict=True,
@@ -253,18 +279,4 @@ def _gathered(
         .flatten(0, 1)
         for shape, *tensors in batches
     ]
-    return unflatten(torch.cat(outputs).index_select(0, back_T), documents)
-
-
-def flatten(x_BhND: torch.Tensor, documents: Documents) -> torch.Tensor:
-    """[B, h, N, D] → [T, h, D], real tokens only."""
-    x_BNhD = x_BhND.transpose(1, 2).flatten(0, 1)
-    return x_BNhD if documents.real is None else x_BNhD[documents.real.to(x_BNhD.device)]
-
-
-def unflatten(x_ThD: torch.Tensor, documents: Documents) -> torch.Tensor:
-    """[T, h, D] → [B, N, h, D], zero at padding."""
-    if documents.real is not None:
-        out = x_ThD.new_zeros(documents.batch * documents.length, *x_ThD.shape[1:])
-        x_ThD = out.index_copy(0, documents.real.to(x_ThD.device), x_ThD)
-    return x_ThD.view(documents.batch, documents.length, *x_ThD.shape[1:])
+    return take_rows(torch.cat(outputs), back_T, None, back_T)

@@ -1,28 +1,40 @@
-"""S²-Attn on FlashAttention's variable-length kernels: one call a run of heads (two for S²).
+"""S²-Attn on variable-length kernels: one call a run of heads (two for S²).
 
-Segments are what `cu_seqlens` was made for. The kernel is found by transformers' own dispatcher,
-so FlashAttention 2, 3, 4 and hub kernels all work as they do in the original model.
+Segments are what `cu_seqlens` was made for. FlashAttention 2, 3, 4 and hub kernels are found by
+transformers' own dispatcher, so all work as they do in the original model; `torch_varlen` is the
+FlashAttention 2 inside PyTorch, which needs no other package.
 
 Shape suffixes as in `sdpa.py`; T real tokens of the whole batch.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import inspect
+from collections.abc import Callable
+from functools import lru_cache, partial
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.layout import Segments
-from longlora_plugin.attention.sdpa import flatten, unflatten
+from longlora_plugin.attention.packing import index_on
+from longlora_plugin.attention.rows import flatten, unflatten
+from longlora_plugin.attention.sdpa import by_run
+
+VarlenKernel = Callable[..., torch.Tensor]
+"""Causal attention of segments that follow each other: (q_ThD, k_TkD, v_TkD, cu_seqlens, longest,
+call) → out_ThD, one head size for all."""
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept may be needed in training
 def _cu_seqlens(cut: Segments, device: torch.device) -> tuple[torch.Tensor, int]:
-    cuts = [start for start, _ in cut] + [sum(cut[-1])]
-    longest = max(length for _, length in cut)
-    return torch.tensor(cuts, dtype=torch.int32, device=device), longest
+    lengths = [length for _, length in cut]
+    cuts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return index_on(cuts, device), max(lengths)
 
 
 def varlen_attention(
@@ -31,29 +43,13 @@ def varlen_attention(
     v_BKND: torch.Tensor,
     call: AttentionCall,
     *,
-    implementation: str,
+    kernel: VarlenKernel,
 ) -> torch.Tensor:
-    """Attention inside segments with a FlashAttention kernel (fp16 or bf16).
-
-    Args:
-        implementation: transformers' name of the kernel, for example `flash_attention_2`.
+    """Attention inside segments with a variable-length kernel (fp16 or bf16).
 
     Returns:
         [B, N, H, D]; padding is zero.
     """
-    from transformers.modeling_flash_attention_utils import (
-        _flash_attention_forward,
-        lazy_import_flash_attention,
-    )
-
-    if call.sinks_H is not None:
-        _, process = lazy_import_flash_attention(implementation)
-        takes = process.keywords["supports_mapping"]
-        if not (takes["s_aux"] or takes["learnable_sink"]):
-            raise ValueError(
-                f"the kernel of attn_implementation: {implementation} has no attention sinks, "
-                "which this model needs; write flash_attention_4, flex_attention or eager"
-            )
     head_dim, v_head_dim = q_BHND.shape[-1], v_BKND.shape[-1]
     # One head size for all; zeros change neither scores nor the columns kept (MLA).
     if v_head_dim < head_dim:
@@ -61,27 +57,138 @@ def varlen_attention(
     elif v_head_dim > head_dim:
         padding = (0, v_head_dim - head_dim)
         q_BHND, k_BKND = functional.pad(q_BHND, padding), functional.pad(k_BKND, padding)
-    q_THD, k_TKD, v_TKD = (flatten(x, call.documents) for x in (q_BHND, k_BKND, v_BKND))
+    scaled = call.with_scale(head_dim)
     outputs = []
-    for run in call.runs:
-        cu_seqlens, longest = _cu_seqlens(call.segments(run), q_THD.device)
-        sinks = call.of_run(run).sinks_H
-        out = _flash_attention_forward(
-            q_THD[None, :, run.query],
-            k_TKD[None, :, run.kv],
-            v_TKD[None, :, run.kv],
-            attention_mask=None,
-            query_length=q_THD.shape[0],
-            is_causal=True,
-            dropout=call.dropout,
-            softmax_scale=head_dim**-0.5 if call.scale is None else call.scale,
-            softcap=call.softcap,
-            cu_seq_lens_q=cu_seqlens,
-            cu_seq_lens_k=cu_seqlens,
-            max_length_q=longest,
-            max_length_k=longest,
-            attn_implementation=implementation,
-            **({} if sinks is None else {"s_aux": sinks.to(q_THD.dtype)}),
+    # Heads are split where tokens are the outer dimension: no copy of query, key or value.
+    qkv_BNhD = (x.transpose(1, 2) for x in (q_BHND, k_BKND, v_BKND))
+    for run, *qkv_run in by_run(call.runs, *qkv_BNhD, dim=2):
+        cu_seqlens, longest = _cu_seqlens(call.segments(run), q_BHND.device)
+        rows = (flatten(x, call.documents) for x in qkv_run)
+        out = kernel(*rows, cu_seqlens, longest, scaled.of_run(run))
+        outputs.append(out[..., :v_head_dim])
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return unflatten(joined, call.documents)
+
+
+def flash_attention(
+    q_BHND: torch.Tensor,
+    k_BKND: torch.Tensor,
+    v_BKND: torch.Tensor,
+    call: AttentionCall,
+    *,
+    implementation: str,
+) -> torch.Tensor:
+    """S²-Attn with the FlashAttention that transformers calls `implementation`.
+
+    Raises:
+        ValueError: the kernel has no sinks or no dropout, and the call has.
+    """
+    if call.sinks_H is not None or call.dropout:
+        _check_options(implementation, call)
+    kernel = partial(_flash_kernel, implementation)
+    return varlen_attention(q_BHND, k_BKND, v_BKND, call, kernel=kernel)
+
+
+def _check_options(implementation: str, call: AttentionCall) -> None:
+    """Refuse what transformers would leave out without a word."""
+    from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
+
+    functions, *_ = lazy_import_flash_attention(implementation)
+    takes = inspect.signature(functions[1]).parameters
+    if call.sinks_H is not None and not {"s_aux", "learnable_sink"} & takes.keys():
+        raise ValueError(
+            f"the kernel of attn_implementation: {implementation} has no attention sinks, "
+            "which this model needs; write flash_attention_4, flex_attention or eager"
         )
-        outputs.append(out[0, ..., :v_head_dim])
-    return unflatten(torch.cat(outputs, dim=1), call.documents)
+    if call.dropout and not {"dropout_p", "dropout"} & takes.keys():
+        raise ValueError(
+            f"the kernel of attn_implementation: {implementation} has no attention dropout, but "
+            f"the model asks for {call.dropout}; write attn_implementation: flash_attention_2 or "
+            "sdpa, or overrides_of_model_config: {attention_dropout: 0.0}"
+        )
+
+
+def _flash_kernel(
+    implementation: str,
+    q_ThD: torch.Tensor,
+    k_TkD: torch.Tensor,
+    v_TkD: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    longest: int,
+    call: AttentionCall,
+) -> torch.Tensor:
+    # Not from modeling_flash_attention_utils: there Axolotl puts ring attention in its place.
+    from transformers.integrations import flash_attention as integration
+
+    sinks = {} if call.sinks_H is None else {"s_aux": call.sinks_H.to(q_ThD.dtype)}
+    return integration._flash_attention_forward(
+        q_ThD[None],
+        k_TkD[None],
+        v_TkD[None],
+        attention_mask=None,
+        query_length=q_ThD.shape[0],
+        is_causal=True,
+        dropout=call.dropout,
+        softmax_scale=call.scale,
+        softcap=call.softcap,
+        cu_seq_lens_q=cu_seqlens,
+        cu_seq_lens_k=cu_seqlens,
+        max_length_q=longest,
+        max_length_k=longest,
+        attn_implementation=implementation,
+        **sinks,
+    )[0]
+
+
+def torch_varlen_serves(q: torch.Tensor, v: torch.Tensor, call: AttentionCall) -> bool:
+    """Whether `torch_varlen` computes this call: PyTorch ≥ 2.10, a GPU since Ampere, 16 bits, heads
+    of up to 256 that are a multiple of 8, no dropout, no sinks, the default scale or an argument
+    for it.
+    """
+    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    head_dim, takes = max(q.shape[-1], v.shape[-1]), _parameters_of_torch_varlen()
+    return (
+        bool(takes)
+        and head_dim <= 256
+        and head_dim % 8 == 0
+        and not call.dropout
+        and call.sinks_H is None
+        and ("scale" in takes or call.scale is None or call.scale == head_dim**-0.5)
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+
+
+@lru_cache(maxsize=1)
+def _parameters_of_torch_varlen() -> frozenset[str]:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def torch_varlen(
+    q_ThD: torch.Tensor,
+    k_TkD: torch.Tensor,
+    v_TkD: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    longest: int,
+    call: AttentionCall,
+) -> torch.Tensor:
+    """The kernel of `torch.nn.attention.varlen`, whose arguments differ between versions."""
+    from torch.nn.attention import varlen
+
+    takes = _parameters_of_torch_varlen()
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in takes else {}
+    if "is_causal" in takes:
+        options["is_causal"] = True
+    if "scale" in takes:
+        options["scale"] = call.scale
+    repeats = q_ThD.shape[1] // k_TkD.shape[1]
+    if repeats > 1 and "enable_gqa" in takes:
+        options["enable_gqa"] = True
+    elif repeats > 1:
+        k_TkD, v_TkD = (x.repeat_interleave(repeats, dim=1) for x in (k_TkD, v_TkD))
+    cuts = (cu_seqlens, cu_seqlens, longest, longest)
+    return varlen.varlen_attn(q_ThD, k_TkD, v_TkD, *cuts, **options)

@@ -606,7 +606,8 @@ def test_ids_found_in_a_mask_function_give_back_its_mask(kind: str, padding: str
         "left": torch.arange(length) >= 7,
         "hole": (torch.arange(length) < 8) | (torch.arange(length) >= 11),
     }[padding]
-    ids = packing.ids_of_mask(function, real, batch=2, length=length, device="cpu")
+    ids, documents = packing.read_mask(function, real, batch=2, length=length, device="cpu")
+    assert documents.intervals == packing.from_ids(ids, None, batch=2, length=length).intervals
     i = torch.arange(length)
     rows = torch.arange(2)[:, None, None]
     dense = function(rows, 0, i[:, None], i[None, :]).expand(2, -1, -1)
@@ -619,7 +620,7 @@ def test_ids_found_in_a_mask_function_give_back_its_mask(kind: str, padding: str
 @pytest.mark.parametrize("kind", ["window", "bidirectional", "image tokens"])
 def test_masks_that_are_not_causal_over_whole_documents_have_no_ids(kind: str) -> None:
     function = stock_mask_functions(19)[kind]
-    assert packing.ids_of_mask(function, None, batch=2, length=19, device="cpu") is None
+    assert packing.read_mask(function, None, batch=2, length=19, device="cpu") is None
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from longlora_plugin.attention import (
 )
 from longlora_plugin.attention.backends import backend_for
 from longlora_plugin.attention.call import AttentionCall
-from longlora_plugin.attention.layout import head_runs, segments
+from longlora_plugin.attention.layout import HeadRun, head_runs, segments
 
 HUB_KERNEL = "kernels-community/flash-attn2"
 FLASH = ["flash_attention_2", "flash_attention_3", "flash_attention_4", HUB_KERNEL]
@@ -585,18 +585,15 @@ def test_fp32_hidden_states_are_cast_for_the_kernel_as_in_the_stock_path(
 # --- FlexAttention -----------------------------------------------------------------------------
 
 
-def block_mask_of(
+def block_masks_of(
     lengths: list[int], heads: int, kv_heads: int, group_size: int, below: int = 0
-) -> BlockMask:
+) -> list[tuple[HeadRun, BlockMask]]:
     runs = head_runs(S2, heads, kv_heads, group_size)
     total = sum(lengths)
     documents = packing.from_boundaries(torch.tensor([0, *lengths]).cumsum(0), total)
-    return flex._block_mask(
-        tuple(segments(documents.intervals, group_size, run.shift, below) for run in runs),
-        tuple(run.query.stop - run.query.start for run in runs),
-        total,
-        torch.device("cpu"),
-    )
+    cuts = tuple(segments(documents.intervals, group_size, run.shift, below) for run in runs)
+    masks = flex._block_masks(cuts, total, torch.device("cpu"))
+    return list(zip(runs, masks, strict=True))
 
 
 def listed(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -630,7 +627,6 @@ def test_block_mask_lists_exactly_the_blocks_that_hold_an_allowed_pair(
     lengths: list[int], group_size: int, heads: tuple[int, int]
 ) -> None:
     below = 127
-    block_mask = block_mask_of(lengths, *heads, group_size, below)
     total = sum(lengths)
     ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     mask = dense_attention.masks(ids, group_size, *heads, below)
@@ -639,18 +635,19 @@ def test_block_mask_lists_exactly_the_blocks_that_hold_an_allowed_pair(
     padded[:, :total, :total] = mask
     tiles = padded.view(heads[0], blocks, flex.BLOCK, blocks, flex.BLOCK).transpose(2, 3)
     some, all_ = tiles.flatten(3).any(-1), tiles.flatten(3).all(-1)
-
-    partial = listed(block_mask.kv_num_blocks, block_mask.kv_indices)
-    full = listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-    assert torch.equal(block_mask.to_dense()[0].bool(), some)
-    assert torch.equal(partial | full, some)
-    assert torch.equal(full, all_), "a full block is computed without asking mask_mod"
-    assert not (partial & full).any()
-
     i = torch.arange(total)
-    head = torch.arange(heads[0])[:, None, None]
-    asked = block_mask.mask_mod(torch.tensor(0), head, i[:, None], i[None, :])
-    assert torch.equal(asked, mask)
+    for run, block_mask in block_masks_of(lengths, *heads, group_size, below):
+        partial = listed(block_mask.kv_num_blocks, block_mask.kv_indices)
+        full = listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+        assert torch.equal(block_mask.to_dense()[0].bool(), some[run.query][:1])
+        assert torch.equal((partial | full).expand_as(some[run.query]), some[run.query])
+        assert torch.equal(full.expand_as(all_[run.query]), all_[run.query]), (
+            "a full block is computed without asking mask_mod"
+        )
+        assert not (partial & full).any()
+        zero = torch.tensor(0)
+        asked = block_mask.mask_mod(zero, zero, i[:, None], i[None, :])
+        assert torch.equal(asked.expand_as(mask[run.query]), mask[run.query])
 
 
 def flex_stand_in(
@@ -769,12 +766,12 @@ def test_a_model_on_flex_attention_trains_like_on_sdpa_with_one_block_mask_for_a
     handle.remove()
     model.set_attn_implementation("flex_attention")
     handle = enable_shifted_attention(model, group_size=16)
-    flex._block_mask.cache_clear()
+    flex._block_masks.cache_clear()
     flex_logits, flex_gradients = logits_and_gradients(model, batch)
     logits_and_gradients(model, batch)
     handle.remove()
-    assert flex._block_mask.cache_info().misses == 1
-    assert flex._block_mask.cache_info().hits == 5
+    assert flex._block_masks.cache_info().misses == 1
+    assert flex._block_masks.cache_info().hits == 5
     assert_near(flex_logits, logits, 1e-5)
     for one, other in zip(flex_gradients, gradients, strict=True):
         assert_near(one, other, 1e-5)

@@ -664,9 +664,9 @@ def test_the_way_to_other_kernels_makes_no_square_tensor(
         taken.append(q.shape)
         return q.clone()
 
-    from transformers import modeling_flash_attention_utils
+    from transformers.integrations import flash_attention
 
-    monkeypatch.setattr(modeling_flash_attention_utils, "_flash_attention_forward", flash)
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", flash)
     monkeypatch.setattr(hf_flex, "compile_friendly_flex_attention", flash)
     batch, model = long_batches()[kind], long_model()
     model.config._attn_implementation = implementation
@@ -676,14 +676,14 @@ def test_the_way_to_other_kernels_makes_no_square_tensor(
     )
     with LargestTensor() as largest, autocast:
         loss_of(model, batch).backward()
-    assert len(taken) == (2 if "flash" in implementation else 1)
+    assert len(taken) == 2
     assert 0 < largest.elements < LONG * LONG // 16
 
 
 def test_index_tensors_of_varlen_are_made_once_for_all_layers(
     enabled: Enable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import modeling_flash_attention_utils
+    from transformers.integrations import flash_attention
 
     boundaries = []
 
@@ -691,7 +691,7 @@ def test_index_tensors_of_varlen_are_made_once_for_all_layers(
         boundaries.append(kwargs["cu_seq_lens_q"])
         return q.clone()
 
-    monkeypatch.setattr(modeling_flash_attention_utils, "_flash_attention_forward", flash)
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", flash)
     varlen._cu_seqlens.cache_clear()
     model = tiny_llama(3, torch.bfloat16)
     model.config._attn_implementation = "flash_attention_2"

@@ -1,0 +1,117 @@
+"""The forward pass that is running: whether it trains, and the positions it was given.
+
+Decided once, where a forward pass enters the model, and for each thread apart: gradient
+checkpointing of the reentrant kind runs the layers without gradients and only later with them, and
+both must take the same path. Only a pass that records gradients and continues no cache trains:
+generation, reference and reward passes and evaluation see full attention, whatever the mode of
+the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from longlora_plugin.attention.packing import Documents
+
+
+@dataclass
+class Forward:
+    """A forward pass of an enabled model.
+
+    Attributes:
+        model: the outermost module of it that was seen.
+        trains: whether covered layers in training mode use S²-Attn.
+        position_ids: [B, N] or [1, N] as given, or None.
+        entered: ids of the modules that have begun.
+    """
+
+    model: torch.nn.Module
+    trains: bool
+    position_ids: torch.Tensor | None = None
+    entered: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class ReadDocuments:
+    """Documents, and the tensor that they were read from."""
+
+    tensor: torch.Tensor
+    version: int
+    documents: Documents
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, documents: Documents) -> ReadDocuments:
+        return cls(tensor, _version(tensor), documents)
+
+    def still_of(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` is that very one, unchanged."""
+        return tensor is self.tensor and _version(tensor) == self.version
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class Forwards(threading.local):
+    """Of one enabled model and of this thread: the forward passes that run, innermost last.
+
+    Attributes:
+        documents: those of the last batch.
+        dense_mask: the document ids that a layer with the original attention was last given, and
+            the mask it got instead.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[Forward] = []
+        self.documents: ReadDocuments | None = None
+        self.dense_mask: tuple[torch.Tensor, Any] | None = None
+
+    @property
+    def current(self) -> Forward | None:
+        return self.running[-1] if self.running else None
+
+    @torch.compiler.disable
+    def begin(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Before the forward of a transformers model, or of one inside another."""
+        if len(args) > 1:
+            named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+            kwargs = {**kwargs, **named}
+        current = self.current
+        if current is None or id(module) in current.entered or not _holds(current.model, module):
+            # A pass that left by an exception may still be here: nothing of it reaches this one.
+            self.running = [forward for forward in self.running if forward.model is not module]
+            self.running.append(Forward(module, _trains(module, kwargs)))
+        current = self.running[-1]
+        current.entered.add(id(module))
+        positions = kwargs.get("position_ids")
+        # Positions of images and the like have another shape and say nothing of documents.
+        if isinstance(positions, torch.Tensor) and positions.dim() == 2:
+            current.position_ids = positions
+
+    @torch.compiler.disable
+    def end(self, module: torch.nn.Module, *_: Any) -> None:
+        """After it, also when an exception ends it."""
+        if self.current is not None and self.current.model is module:
+            self.running.pop()
+
+
+def _holds(model: torch.nn.Module, part: torch.nn.Module) -> bool:
+    return any(module is part for module in model.modules())
+
+
+def _trains(model: torch.nn.Module, given: dict[str, Any]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    # Models fill the default in themselves: a bare decoder may get it from its language model.
+    asked = given.get("use_cache") is True and given.get("labels") is None
+    generates = isinstance(model, PreTrainedModel) and model.can_generate()
+    if given.get("past_key_values") is None and not (asked and generates):
+        return True
+    # While checkpointing, transformers drops the cache.
+    return bool(getattr(model, "is_gradient_checkpointing", False))
