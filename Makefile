@@ -71,6 +71,23 @@ else
 		$(MATRIX_VENV)/bin/python -m pytest $(MATRIX_TESTS)
 endif
 
+# The attention tests alone, without Axolotl, on the lowest and the highest torch and transformers
+# that Axolotl 0.19 to 0.21 allow.
+ATTENTION_MATRIX := torch==2.11.*,transformers==5.17.* torch==2.13.*,transformers==5.20.1
+ATTENTION_TESTS := tests/attention/test_attention.py tests/attention/test_backends.py \
+	tests/attention/test_forwards.py tests/attention/test_works_with.py
+comma := ,
+
+test-attention-matrix: $(ATTENTION_MATRIX:%=.venv-attention/%/.installed)
+	for versions in $(ATTENTION_MATRIX); do PYTHONPATH=. OMP_NUM_THREADS=1 \
+		".venv-attention/$$versions/bin/python" -m pytest $(ATTENTION_TESTS) || exit 1; done
+
+.venv-attention/%/.installed:
+	$(MATRIX_PYTHON) -m venv "$(@D)"
+	"$(@D)/bin/pip" install --quiet $(foreach package,$(subst $(comma), ,$*),"$(package)") \
+		accelerate click hypothesis matplotlib peft pluggy pydantic pytest rich
+	touch "$@"
+
 $(MATRIX_VENV)/.installed: pyproject.toml $(wildcard constraints/*)
 	$(call set_up,$(MATRIX_VENV),$(MATRIX_PYTHON))
 

@@ -32,7 +32,7 @@ class LongLoRAPlugin(BasePlugin):
 
     def __init__(self) -> None:
         super().__init__()
-        self._handle: Any = None
+        self._handles: list[Any] = []  # a reference model has one, too
         self._wanted: list[str] = []
         self._whole_adapters: Any = None
         self._undo: list[Callable[[], None]] = []
@@ -129,7 +129,7 @@ class LongLoRAPlugin(BasePlugin):
             from longlora_plugin.registry import find
 
             try:
-                self._handle = enable_shifted_attention(
+                handle = enable_shifted_attention(
                     model,
                     group_size=run.group_size,
                     full_attention_below=run.full_attention_below,
@@ -141,14 +141,13 @@ class LongLoRAPlugin(BasePlugin):
                 )
             except ValueError as error:
                 raise RecipeError(str(error)) from error
-            skipped = "; ".join(
-                f"{count} × {reason}" for reason, count in self._handle.skipped.items()
-            )
+            self._handles.append(handle)
+            skipped = "; ".join(f"{count} × {reason}" for reason, count in handle.skipped.items())
             log.info(
                 "LongLoRA shifted attention (%s): %d layers, group size %d of %d tokens%s",
                 run.attention_pattern,
-                self._handle.layers,
-                self._handle.group_size,
+                handle.layers,
+                handle.group_size,
                 run.target_context,
                 f"; full attention in {skipped}" if skipped else "",
             )
@@ -186,12 +185,12 @@ class LongLoRAPlugin(BasePlugin):
         callbacks: list[Any] = []
         if run is None:
             return callbacks
-        if self._handle is not None:
+        if self._handles:
             from longlora_plugin.attention.schedule import AttentionSchedule
 
             callbacks.append(
                 AttentionSchedule(
-                    self._handle,
+                    self._handles,
                     run.block.full_attention_steps_of,
                     lambda line: log.info("LongLoRA: %s", line),
                 )
@@ -227,9 +226,8 @@ class LongLoRAPlugin(BasePlugin):
         if self._whole_adapters is not None:
             self._whole_adapters.finish(Path(cfg.output_dir))
             self._whole_adapters = None
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        while self._handles:
+            self._handles.pop().remove()
         while self._undo:
             self._undo.pop()()
 

@@ -6,7 +6,7 @@ switch follows the global step, so a resumed run switches where an uninterrupted
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,7 +18,7 @@ class AttentionSchedule(TrainerCallback):
     """Switches S²-Attn off for the last steps, and sees that it really ran before.
 
     Args:
-        handle: the model's S²-Attn.
+        handles: of the models that the run loaded (a reference model is one, too).
         full_attention_steps: function of the run's total steps → how many of the last ones use
             full attention.
         log: takes one line.
@@ -26,11 +26,11 @@ class AttentionSchedule(TrainerCallback):
 
     def __init__(
         self,
-        handle: ShiftedAttention,
+        handles: Sequence[ShiftedAttention],
         full_attention_steps: Callable[[int], int],
         log: Callable[[str], None],
     ) -> None:
-        self.handle = handle
+        self.handles = handles
         self.full_attention_steps = full_attention_steps
         self.log = log
 
@@ -43,8 +43,9 @@ class AttentionSchedule(TrainerCallback):
     ) -> None:
         first_full = state.max_steps - self.full_attention_steps(state.max_steps)
         sparse = state.global_step < first_full
-        if sparse != self.handle.active:
-            self.handle.active = sparse
+        if any(handle.active != sparse for handle in self.handles):
+            for handle in self.handles:
+                handle.active = sparse
             self.log(
                 f"step {state.global_step} of {state.max_steps}: training goes on with "
                 + ("shifted attention" if sparse else "full attention")
@@ -57,9 +58,13 @@ class AttentionSchedule(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        if self.handle.active and not self.handle.calls:
+        # A reference model has a handle and never trains.
+        if any(handle.active for handle in self.handles) and not any(
+            handle.calls for handle in self.handles
+        ):
+            layers = max(handle.layers for handle in self.handles)
             raise RuntimeError(
-                f"shifted attention covers {self.handle.layers} layers but ran in none of them; "
+                f"shifted attention covers {layers} layers but ran in none of them; "
                 "something replaced their attention. Write longlora: {shifted_attention: false} "
                 "to train with full attention, and please report the model and the recipe"
             )

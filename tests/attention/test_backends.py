@@ -34,10 +34,13 @@ from benchmarks.attention.__main__ import main
 from benchmarks.attention.methods import roll_and_matmul
 from longlora_plugin.attention import (
     S2,
+    backends,
     enable_shifted_attention,
     flex,
     packing,
+    sdpa,
     shifted_sparse_attention,
+    varlen,
 )
 from longlora_plugin.attention.backends import backend_for
 from longlora_plugin.attention.call import AttentionCall
@@ -152,7 +155,7 @@ class FlashLibrary:
             block_table=None,
         ):
             assert window_size == (-1, -1)
-            assert dropout_p == 0
+            assert dropout_p == 0, "dropout_p == 0"
             cu = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
             return self.varlen(q, k, v, *cu, scale=softmax_scale, causal=causal, softcap=softcap)
 
@@ -454,6 +457,23 @@ def test_sinks_reach_a_kernel_that_has_them_and_are_refused_by_others(
         return
     mask = dense_attention.masks(torch.zeros(30), 8, 4, 2)
     assert_near(attend(), dense_attention.attention(*qkv, mask, sinks=sinks), 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("flash", "implementation"), [(name, name) for name in FLASH], indirect=["flash"]
+)
+def test_dropout_is_refused_by_kernels_that_have_none(
+    implementation: str, flash: FlashLibrary
+) -> None:
+    call = AttentionCall(packing.whole_rows(1, 30), head_runs(S2, 4, 2, 8), 8, dropout=0.1)
+    if implementation in ("flash_attention_3", "flash_attention_4"):
+        with pytest.raises(
+            ValueError, match=r"has no attention dropout, but the model asks for 0.1"
+        ):
+            backend_for(implementation)(*inputs(30), call)
+    else:
+        with pytest.raises(AssertionError, match="dropout_p == 0"):  # it reaches the kernel
+            backend_for(implementation)(*inputs(30), call)
 
 
 # --- whole models on FlashAttention ------------------------------------------------------------
@@ -775,6 +795,166 @@ def test_a_model_on_flex_attention_trains_like_on_sdpa_with_one_block_mask_for_a
     assert_near(flex_logits, logits, 1e-5)
     for one, other in zip(flex_gradients, gradients, strict=True):
         assert_near(one, other, 1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1000, 4096])
+def test_block_masks_take_16_bytes_a_pair_of_blocks_for_each_run_of_heads(tokens: int) -> None:
+    masks = block_masks_of([tokens], 32, 32, 512)
+    blocks = -(-tokens // flex.BLOCK)
+    assert len(masks) == 2, "one for each half of the heads, not for each head"
+    for _, mask in masks:
+        held = [x for x in vars(mask).values() if isinstance(x, torch.Tensor)]
+        # Lists of partial and of full blocks, by rows and by columns, int32.
+        assert sum(x.nbytes for x in held) == 16 * blocks**2 + 16 * blocks
+    assert flex._block_masks.cache_info().maxsize <= 2
+
+
+# --- the varlen kernel of PyTorch ----------------------------------------------------------------
+
+
+def torch_stand_in(library: FlashLibrary, takes: frozenset[str]) -> Callable[..., torch.Tensor]:
+    def varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options: Any
+    ) -> torch.Tensor:
+        assert options.keys() <= takes
+        assert options.get("window_size") == (-1, 0) or options.get("is_causal") is True
+        assert query.shape[1] == key.shape[1] or options["enable_gqa"]
+        cu = (cu_seq_q, cu_seq_k, max_q, max_k)
+        return library.varlen(
+            query, key, value, *cu, scale=options.get("scale"), causal=True, softcap=None
+        )
+
+    return varlen_attn
+
+
+TORCH_2_10, TORCH_2_13 = {"is_causal"}, {"window_size", "scale", "enable_gqa"}
+
+
+@pytest.mark.parametrize("takes", [TORCH_2_10, TORCH_2_13], ids=["torch 2.10", "torch 2.13"])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (3, 3), (1, 1)])
+@pytest.mark.parametrize("v_head_dim", [8, 4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_packed_and_padded_rows_are_one_call_of_torchs_varlen_kernel_a_run_of_heads(
+    padded: bool,
+    v_head_dim: int,
+    heads: tuple[int, int],
+    takes: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch_varlen = pytest.importorskip("torch.nn.attention.varlen", reason="needs torch 2.10")
+    library = FlashLibrary()
+    monkeypatch.setattr(torch_varlen, "varlen_attn", torch_stand_in(library, frozenset(takes)))
+    monkeypatch.setattr(varlen, "_parameters_of_torch_varlen", lambda: frozenset(takes))
+    monkeypatch.setattr(backends, "torch_varlen_serves", lambda *_: True)
+    ids = torch.tensor([[0] * 20 + [1] + [2] * 16, [3] * 9 + [-1] * 28 if padded else [4] * 37])
+    qkv = inputs(37, *heads, batch=2, v_head_dim=v_head_dim)
+    scale = None if takes == TORCH_2_10 else 0.3
+    call = AttentionCall(
+        documents=packing.from_ids(ids, None, batch=2, length=37),
+        runs=head_runs(S2, *heads, 8),
+        group_size=8,
+        scale=scale,
+    )
+    # Without an argument for it, the scale is that of the heads as the kernel gets them.
+    out = backend_for("sdpa")(*qkv, call).transpose(1, 2)
+    assert len(library.calls) == len(call.runs)
+    mask = torch.stack([dense_attention.masks(row, 8, *heads) for row in ids])
+    doubles = [x.detach().double().requires_grad_() for x in qkv]
+    real = (ids >= 0)[:, None, :, None]
+    expected = dense_attention.attention(*doubles, mask, scale=scale)
+    assert_near(out * real, expected, 1e-2)
+    assert not (out * ~real).any()
+    towards = torch.randn(out.shape).to(out.dtype) * real
+    for gradient, wanted in zip(
+        torch.autograd.grad(out, qkv, towards),
+        torch.autograd.grad(expected, doubles, towards.double()),
+        strict=True,
+    ):
+        assert_near(gradient, wanted, 2e-2)
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@dataclass
+class OnGPU:
+    """What the choice of a kernel asks of a tensor."""
+
+    dtype: torch.dtype = torch.bfloat16
+    shape: tuple[int, ...] = (1, 4, 100, 64)
+    device: torch.device = GPU
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
+@pytest.mark.parametrize(
+    ("tensor", "options", "served"),
+    [
+        (OnGPU(), {}, True),
+        (OnGPU(torch.float16), {"softcap": 3.0}, True),  # sdpa knows no softcap either
+        (OnGPU(torch.float32), {}, False),
+        (OnGPU(shape=(1, 4, 100, 288)), {}, False),
+        (OnGPU(shape=(1, 4, 100, 20)), {}, False),
+        (OnGPU(), {"dropout": 0.1}, False),
+        (OnGPU(), {"sinks_H": torch.zeros(4)}, False),
+        (OnGPU(device=CPU), {}, False),
+    ],
+)
+def test_torchs_varlen_kernel_serves_16_bits_since_ampere_without_options(
+    tensor: OnGPU,
+    options: dict[str, Any],
+    served: bool,
+    capability: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("torch.nn.attention.varlen", reason="needs torch 2.10")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    call = AttentionCall(packing.whole_rows(1, 100), (), 8, **options)
+    wanted = served and capability >= (8, 0)
+    assert varlen.torch_varlen_serves(tensor, tensor, call) is wanted
+
+
+# --- grouped heads where no fused kernel takes them ----------------------------------------------
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_heads_have_a_fused_kernel_in_16_bits_since_ampere_only(
+    dtype: torch.dtype, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    fused = sdpa.has_fused_grouped_heads(OnGPU(dtype))
+    assert fused == (dtype == torch.bfloat16 and capability >= (8, 0))
+    assert not sdpa.has_fused_grouped_heads(OnGPU(shape=(1, 4, 100, 512)))
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (6, 2)])
+@pytest.mark.parametrize("cuts", [None, (0, 13, 37)])
+def test_repeated_keys_and_values_equal_grouped_heads_in_values_and_gradients(
+    cuts: tuple[int, ...] | None, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, grouped = torch.nn.functional.scaled_dot_product_attention, []
+
+    def record(*args: Any, enable_gqa: bool, **kwargs: Any) -> torch.Tensor:
+        grouped.append(enable_gqa)
+        return fused(*args, enable_gqa=enable_gqa, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    qkv = inputs(37, *heads, dtype=torch.float64)
+    options = {"group_size": 8, "cu_seqlens": None if cuts is None else torch.tensor(cuts)}
+    wanted = shifted_sparse_attention(*qkv, **options)
+    assert any(grouped)
+    grouped.clear()
+    monkeypatch.setattr(sdpa, "has_fused_grouped_heads", lambda _: False)
+    out = shifted_sparse_attention(*qkv, **options)
+    assert not any(grouped)
+    towards = torch.randn_like(out)
+    assert_near(out, wanted, 1e-12)
+    for gradient, expected in zip(
+        torch.autograd.grad(out, qkv, towards),
+        torch.autograd.grad(wanted, qkv, towards),
+        strict=True,
+    ):
+        assert_near(gradient, expected, 1e-12)
 
 
 # --- refusals ----------------------------------------------------------------------------------

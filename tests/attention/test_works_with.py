@@ -227,6 +227,7 @@ def test_activations_kept_on_the_cpu_change_no_gradient(kind: str, enabled: Enab
 def test_axolotls_offloading_checkpoint_changes_no_gradient(
     kind: str, enabled: Enable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("axolotl")
     from axolotl.monkeypatch.gradient_checkpointing import hf_grad_checkpoint_offload_wrapper
 
     model, batch = tiny_llama(), batches()[kind]
@@ -291,6 +292,7 @@ def test_torch_compile_compiles_nothing_anew_for_other_packed_documents(
 @pytest.fixture
 def lora_kernel_forward(tmp_path: Path) -> Iterator[None]:
     """Axolotl's `lora_qkv_kernel` and `lora_o_kernel` patch of Llama's attention forward."""
+    pytest.importorskip("axolotl")
     from axolotl.monkeypatch import lora_kernels
     from axolotl.utils.dict import DictDefault
 
@@ -307,6 +309,7 @@ def lora_kernel_forward(tmp_path: Path) -> Iterator[None]:
 def test_axolotls_lora_kernel_forward_still_runs_shifted_attention(
     kind: str, enabled: Enable, lora_kernel_forward: None
 ) -> None:
+    pytest.importorskip("axolotl")
     from axolotl.monkeypatch import lora_kernels
 
     model, batch = tiny_llama(), batches()[kind]
@@ -334,6 +337,7 @@ modeling_llama_forward = modeling_llama.LlamaAttention.forward
 def test_axolotls_sdpa_varlen_patch_keeps_shifted_attention_and_survives_its_removal(
     kind: str, patched_first: bool, enabled: Enable
 ) -> None:
+    pytest.importorskip("axolotl")
     from axolotl.monkeypatch.attention.sdpa_varlen import patch_sdpa_varlen, unpatch_sdpa_varlen
 
     model, batch = tiny_llama(), batches()[kind]
