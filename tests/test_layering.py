@@ -99,7 +99,6 @@ TOO_LONG = {
     "tests/plan/test_plan.py",
     "tests/recipes/test_existing_recipes.py",
     "tests/recipes/test_recipes.py",
-    "tests/rope/test_presets.py",
     "tests/test_registry.py",
 }
 """Exceptions, to become none."""
