@@ -53,8 +53,11 @@ test: install
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --durations 15
 
 # Under a minute, for a first change: the contract, the rules of the source, and arithmetic.
+QUICK_TESTS := tests/test_args.py tests/test_layering.py tests/test_install.py tests/run tests/rope \
+	tests/adapter tests/attention/test_attention.py
+
 test-quick: install
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile tests/test_args.py
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile $(QUICK_TESTS)
 
 # Python 3.12 with Axolotl 0.21: train, resume, merge, evaluate and load there, too.
 MATRIX_PYTHON ?= $(shell for p in $(HOME)/.pyenv/versions/3.12*/bin/python3.12 python3.12; do \

@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 
 import pytest
+import tiny
 import torch
 from hypothesis import settings
 
@@ -29,13 +30,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def no_model_stays_enabled():
-    """Models that a file's tests left with shifted attention must not reach the next file."""
+    """A test that leaves a model with shifted attention fails, and the next ones do not know it."""
     yield
     registries = sys.modules.get("longlora_plugin.attention.registries")
-    for handle in registries.enabled() if registries else ():
+    left = registries.enabled() if registries else ()
+    for handle in left:
         handle.remove()
+    assert not left, f"{len(left)} model(s) left enabled: call handle.remove()"
 
 
 @pytest.fixture(scope="session")
@@ -48,53 +51,17 @@ def tiny_text() -> str:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_text: str):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator([tiny_text], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    return tiny.byte_tokenizer(tiny_text, ["<s>", "</s>", "<pad>"])
 
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer):
     """Function (name, **config) → folder of a random 2-layer Llama for 64 tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     root = tmp_path_factory.mktemp("models")
 
-    def make(name: str, **overrides: object) -> Path:
+    def make(name: str, **config: object) -> Path:
         folder = root / name
-        if folder.exists():
-            return folder
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            **{
-                "vocab_size": len(tiny_tokenizer),
-                "hidden_size": 64,
-                "intermediate_size": 128,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 64,
-                "bos_token_id": 0,
-                "eos_token_id": 1,
-                "pad_token_id": 2,
-                **overrides,
-            }
-        )
-        LlamaForCausalLM(config).save_pretrained(folder)
-        tiny_tokenizer.save_pretrained(folder)
-        return folder
+        return folder if folder.exists() else tiny.write_llama(folder, tiny_tokenizer, **config)
 
     return make
 

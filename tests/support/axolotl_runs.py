@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import tiny
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
@@ -59,34 +60,17 @@ def run_axolotl(*arguments: object, check: bool = True, **environment: object) -
 
 
 def write_recipe(folder: Path, base: Path, data: Path, **overrides: object) -> Path:
-    recipe = {
-        "base_model": str(base),
+    keys = {
+        **tiny.training(data, folder / "prepared"),
         "plugins": ["longlora_plugin.LongLoRAPlugin"],
-        "adapter": "longlora",
         "sequence_len": TARGET,
-        "datasets": [{"path": str(data), "ds_type": "json", "type": "completion"}],
-        "dataset_prepared_path": str(folder / "prepared"),
-        "output_dir": str(folder / "out"),
-        "micro_batch_size": 2,
-        "gradient_accumulation_steps": 1,
         "max_steps": 8,
         "learning_rate": 2e-5,
-        "optimizer": "adamw_torch",
-        "lr_scheduler": "constant",
-        "attn_implementation": "sdpa",
         "bf16": False,
-        "lora_mlp_kernel": False,
-        "lora_qkv_kernel": False,
-        "lora_o_kernel": False,
-        "logging_steps": 1,
         "save_strategy": "no",
-        "val_set_size": 0,
-        "seed": 42,
         **overrides,
     }
-    path = folder / "recipe.yml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
+    return tiny.write_recipe(folder / "recipe.yml", base, folder / "out", keys)
 
 
 def train_in_process(recipe: Path) -> dict[str, torch.Tensor]:

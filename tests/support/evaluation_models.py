@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import tiny
 import torch
 from torch import Tensor, nn
 
@@ -66,45 +67,17 @@ def text_of(words: int, seed: int = 0) -> str:
 
 
 def write_tiny_llama(folder: Path) -> Path:
-    """A random Llama of 2 layers with its own byte-level BPE tokenizer, saved in `folder`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([text_of(400)], trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    """A random Llama whose answers depend on the position, with its own tokenizer."""
+    return tiny.write_llama(
+        folder,
+        tiny.byte_tokenizer(text_of(400), ["<pad>", "<s>", "</s>"], begins=True),
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=ORIGINAL,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
         initializer_range=0.3,
         tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def write_adapter(base: Path, folder: Path) -> Path:
@@ -132,15 +105,5 @@ def write_adapter(base: Path, folder: Path) -> Path:
 
 def write_recipe(path: Path, base: Path, output: Path, **keys: object) -> Path:
     """A recipe that extends the tiny Llama to four times its context."""
-    import yaml
-
-    recipe = {
-        "base_model": str(base),
-        "adapter": "longlora",
-        "sequence_len": 4 * ORIGINAL,
-        "output_dir": str(output),
-        "longlora": {"rope": "yarn"},
-        **keys,
-    }
-    path.write_text(yaml.safe_dump(recipe))
-    return path
+    extends = {"sequence_len": 4 * ORIGINAL, "longlora": {"rope": "yarn"}}
+    return tiny.write_recipe(path, base, output, {**extends, **keys})

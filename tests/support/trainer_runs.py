@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tiny
 import yaml
 from axolotl_runs import python_path
 
@@ -68,42 +69,20 @@ def adapter(folder: Path) -> dict[str, Any]:
 
 def write_recipe(folder: Path, model: Path, dataset: Path, changes: Mapping[str, Any]) -> Path:
     """A recipe of six steps of four rows, a checkpoint at each third step."""
-    recipe = {
-        "base_model": str(model),
-        "plugins": [
-            "longlora_plugin.LongLoRAPlugin",
-            "cpu_shim.CpuShim",
-            "kill_switch.KillSwitch",
-            "model_probe.ModelProbe",
-        ],
-        "adapter": "longlora",
+    plugins = ["longlora_plugin.LongLoRAPlugin", "cpu_shim.CpuShim"]
+    keys = {
+        **tiny.training(dataset, dataset.parent / f"prepared-{model.name}"),
+        "plugins": [*plugins, "kill_switch.KillSwitch", "model_probe.ModelProbe"],
         "sequence_len": 128,
         "longlora": {"full_attention_steps": 2},
-        "datasets": [{"path": str(dataset), "ds_type": "json", "type": "completion"}],
-        "dataset_prepared_path": str(dataset.parent / f"prepared-{model.name}"),
-        "output_dir": str(folder / "out"),
-        "micro_batch_size": 2,
-        "gradient_accumulation_steps": 1,
         "max_steps": 6,
         "save_steps": 3,
-        "logging_steps": 1,
         "learning_rate": 5.0e-3,
-        "optimizer": "adamw_torch",
-        "lr_scheduler": "constant",
-        "attn_implementation": "sdpa",
         "bf16": True,
-        "lora_mlp_kernel": False,
-        "lora_qkv_kernel": False,
-        "lora_o_kernel": False,
         "dataloader_num_workers": 0,
-        "val_set_size": 0,
-        "seed": 42,
         **changes,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "recipe.yml"
-    path.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value != ""}))
-    return path
+    return tiny.write_recipe(folder / "recipe.yml", model, folder / "out", keys)
 
 
 @functools.lru_cache(maxsize=1)
