@@ -97,9 +97,6 @@ TOO_LONG = {
     "tests/benchmarks/test_longqa_score.py",
     "tests/evaluation/test_command.py",
     "tests/plan/test_plan.py",
-    "tests/recipes/test_existing_recipes.py",
-    "tests/recipes/test_recipes.py",
-    "tests/test_registry.py",
 }
 """Exceptions, to become none."""
 

@@ -1,0 +1,58 @@
+"""The JSON Schema of the block for editors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from longlora_plugin.cli import longlora
+from longlora_plugin.recipes import longlora_recipes as shipped
+
+
+def run(*args: object):
+    return CliRunner().invoke(longlora, ["recipes", *map(str, args)])
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    return json.loads(run("schema").output)
+
+
+def test_the_schema_accepts_every_shipped_recipe(schema):
+    for path in shipped().values():
+        jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+    jsonschema.validate({"longlora": None}, schema)
+    jsonschema.validate({"longlora": {"rope": {"preset": "yarn", "factor": 8}}}, schema)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"group_sise": 8},
+        {"group_size": 7},
+        {"group_size": 8, "group_size_ratio": 0.5},
+        {"group_size_ratio": 1.5},
+        {"rope": "liner"},
+        {"rope": {"factor": 8}},
+        {"trainable": ["norm"]},
+        {"attention_pattern": "s3"},
+        {"full_attention_below": -1},
+        {"resolved": {}},
+    ],
+)
+def test_the_schema_refuses_what_the_plugin_refuses(schema, block):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"longlora": block}, schema)
+
+
+def test_the_schema_describes_every_key_for_editors(schema, tmp_path):
+    block = schema["properties"]["longlora"]["anyOf"][0]
+    assert all(each.get("description") for each in block["properties"].values())
+    assert "resolved" not in block["properties"]
+    assert run("schema", "--output", tmp_path / "s.json").exit_code == 0
+    assert json.loads((tmp_path / "s.json").read_text()) == schema
