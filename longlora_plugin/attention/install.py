@@ -158,7 +158,7 @@ class ShiftedAttention:
     # Documents are Python numbers, and dynamo would compile anew for every batch's; the kernels
     # inside gain nothing from being compiled.
     @torch.compiler.disable
-    def attend(
+    def attend(  # noqa: PLR0913  (the signature of transformers' attention interface)
         self,
         module: torch.nn.Module,
         query: torch.Tensor,
