@@ -15,7 +15,7 @@ step() { # step WORDS COMMAND…: prints the words; the command's output only wh
 
 version=$("$PYTHON" -c 'import sys; print("{}{}".format(*sys.version_info))')
 lock=$(ls constraints/py"$version"-*.txt)
-step "$VENV: a virtual environment with $("$PYTHON" --version)" "$PYTHON" -m venv --clear "$VENV"
+step "$VENV: a virtual environment with $("$PYTHON" --version)" "$PYTHON" -m venv "$VENV"
 uv=$(command -v uv || true)
 if [ -z "$uv" ] && "$VENV/bin/python" -m pip install --quiet uv >"$log" 2>&1; then
     uv="$VENV/bin/uv"

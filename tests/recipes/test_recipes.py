@@ -216,6 +216,20 @@ def test_every_known_gpu_has_a_compute_capability():
     assert {name.split("-")[0] for name in GPUS} == set(COMPUTE_CAPABILITY)
 
 
+def test_mistrals_first_version_needs_its_window_taken_away_as_the_recipe_says(recipe, bases):
+    windowed = {"base_model": str(bases / "mistralai/Mistral-7B-v0.1"), "sequence_len": 65536}
+    report = check_recipe(recipe(**windowed))
+    assert any("sliding" in problem for problem in report.problems)
+    freed = recipe(
+        **windowed,
+        model_config={"sliding_window": None},
+        longlora={"original_context": 8192},
+    )
+    freed = check_recipe(freed)
+    assert freed.problems == []
+    assert freed.resolved["rope_parameters"]["factor"] == 8
+
+
 # ---- the commands ---------------------------------------------------------------------------
 
 

@@ -101,20 +101,6 @@ def test_llama_2_recipes_have_the_papers_hyperparameters(name):
     assert not {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"} & set(raw)
 
 
-def test_mistrals_first_version_needs_its_window_taken_away_as_the_recipe_says(recipe, bases):
-    windowed = {"base_model": str(bases / "mistralai/Mistral-7B-v0.1"), "sequence_len": 65536}
-    report = check_recipe(recipe(**windowed))
-    assert any("sliding" in problem for problem in report.problems)
-    freed = recipe(
-        **windowed,
-        model_config={"sliding_window": None},
-        longlora={"original_context": 8192},
-    )
-    freed = check_recipe(freed)
-    assert freed.problems == []
-    assert freed.resolved["rope_parameters"]["factor"] == 8
-
-
 def test_a_wheels_layout_is_found_and_reading_it_loads_no_torch(tmp_path):
     package = tmp_path / "longlora_plugin"
     shutil.copytree(ROOT / "longlora_plugin", package)
