@@ -19,7 +19,7 @@ from longlora_plugin.host.compat import (
     uses_deepspeed,
     uses_fsdp,
 )
-from longlora_plugin.rope import keep_both_spellings
+from longlora_plugin.rope import check_built_rope, keep_both_spellings
 from longlora_plugin.run.base_model import base_config_of
 from longlora_plugin.run.prepare import PreparedRun, asks_for_longlora, prepare_run
 
@@ -107,6 +107,7 @@ class LongLoRAPlugin(BasePlugin):
         run = self._run(cfg)
         if run is None:
             return
+        _check_rope(run, model)
         # Axolotl 0.19 raises the maximum of the built model, which switches `dynamic` off.
         for field, value in run.rope_fields.items():
             setattr(model.config, field, value)
@@ -245,6 +246,20 @@ class LongLoRAPlugin(BasePlugin):
                 "load it with axolotl.cli.config.load_cfg, or call prepare_plugins(cfg) first"
             )
         return run
+
+
+def _check_rope(run: PreparedRun, model: Any) -> None:
+    if not run.rope_fields:
+        return
+    try:
+        compared = check_built_rope(model, run.rope_fields)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    if not compared:
+        log.warning(
+            "LongLoRA RoPE: this model's rotary embeddings are not transformers' own, so whether "
+            "they were scaled could not be checked"
+        )
 
 
 def _carried(cfg: Any) -> PreparedRun | None:

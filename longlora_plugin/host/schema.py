@@ -34,8 +34,7 @@ class SchemaReport:
 def check_schema(recipe: Mapping[str, Any], capabilities: Mapping[str, Any]) -> SchemaReport:
     """Validate a lowered recipe as `axolotl train` would on a GPU of the given capabilities.
 
-    Axolotl stops at its first cross-check that fails; here that check is set aside and the rest
-    goes on. Cross-checks that run after the fields are left out where a field is wrong.
+    Fields that are wrong are all told at once; of cross-checks, Axolotl stops at the first.
 
     Args:
         recipe: as our `register` leaves it.
@@ -75,7 +74,7 @@ def check_schema(recipe: Mapping[str, Any], capabilities: Mapping[str, Any]) -> 
                 found = list(_dataset_problems(cfg))
                 rows = cfg.get("datasets")
                 if not isinstance(rows, list) or all(isinstance(row, Mapping) for row in rows):
-                    found += _all_problems(schema, data)  # it crashes on a row that is no block
+                    found += _refusals(schema, data)  # it crashes on a row that is no block
                 report.problems += found or ["Axolotl refuses this recipe"]
         finally:
             manager.plugins.clear()
@@ -119,64 +118,20 @@ def _keys_of(schema: Any) -> set[str]:
     return keys
 
 
-def _all_problems(schema: Any, data: Mapping[str, Any]) -> list[str]:
-    """Every problem Axolotl's schema has, its cross-checks set aside one by one as they fail."""
+def _refusals(schema: Any, data: Mapping[str, Any]) -> Iterator[str]:
+    """What Axolotl's schema refuses: every wrong field, or the first cross-check that fails."""
     from axolotl.utils import config as validation
     from pydantic import ValidationError
 
     validate = getattr(
         validation, "_model_with_inherited_default_fallback", lambda model, values: model(**values)
     )
-    problems: list[str] = []
-    values = dict(data)
-    aside: set[str] = set()
-    for _ in range(len(schema.__pydantic_decorators__.model_validators)):
-        try:
-            validate(_without(schema, aside) if aside else schema, copy.deepcopy(values))
-            break
-        except ValidationError as error:
-            details = error.errors()
-            causes = [each for each in details if not each["loc"]]
-            problems += [text for text in _explanations(details) if text not in problems]
-            found = {name for each in causes for name in _functions_of(each["ctx"]["error"])}
-            found &= set(schema.__pydantic_decorators__.model_validators)
-            if not found:
-                break
-            aside |= found
-        except Exception as error:
-            problems.append(str(error))
-            names = _functions_of(error)
-            validators = schema.__pydantic_decorators__
-            fields = {
-                each
-                for name, validator in validators.field_validators.items()
-                if name in names
-                for each in validator.info.fields
-            }
-            found = names & set(validators.model_validators)
-            if not found and not fields & set(values):
-                break
-            aside |= found
-            values = {key: value for key, value in values.items() if key not in fields}
-    return problems
-
-
-def _without(schema: Any, validators: set[str]) -> Any:
-    """A copy of a pydantic model that lacks some of its model validators."""
-    model = type(schema.__name__, (schema,), {"__module__": schema.__module__})
-    for name in validators:
-        model.__pydantic_decorators__.model_validators.pop(name, None)  # type: ignore[attr-defined]
-    model.model_rebuild(force=True)  # type: ignore[attr-defined]
-    return model
-
-
-def _functions_of(error: BaseException) -> set[str]:
-    names = set()
-    traceback = error.__traceback__
-    while traceback is not None:
-        names.add(traceback.tb_frame.f_code.co_name)
-        traceback = traceback.tb_next
-    return names
+    try:
+        validate(schema, copy.deepcopy(dict(data)))
+    except ValidationError as error:
+        yield from _explanations(error.errors())
+    except Exception as error:
+        yield str(error)
 
 
 def _dataset_class(recipe: Mapping[str, Any], row: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from longlora_plugin.rope.base_config import (
     pretrained_context_of,
     rope_parameters_of,
 )
+from longlora_plugin.rope.built import check_built_rope
 from longlora_plugin.rope.presets import PRESETS, RopeRequest
 from longlora_plugin.rope.resolve import RopeSettings, apply_rope, resolve_rope
 from longlora_plugin.rope.spelling import keep_both_spellings, rope_fields, write_rope
@@ -23,6 +24,7 @@ __all__ = [
     "RopeSettings",
     "apply_rope",
     "base_context_of",
+    "check_built_rope",
     "has_rope",
     "keep_both_spellings",
     "pretrained_context_of",

@@ -134,20 +134,36 @@ def test_everything_that_is_wrong_is_said_at_once(recipe):
         assert word in problems
 
 
-def test_all_of_axolotls_cross_checks_that_fail_are_said(recipe):
-    # Alone, each hides the next one: Axolotl stops at the first.
-    path = recipe(
-        deepspeed="examples/configs/deepspeed/zero2.json",
-        fsdp=["full_shard"],
-        s2_attention=True,
-        eval_steps=10,
-        evals_per_epoch=2,
-    )
-    problems = check_recipe(path).problems
-    assert any("fsdp" in problem for problem in problems)
-    assert any("s2_attention" in problem for problem in problems)
-    assert any("evals_per_epoch" in problem for problem in problems)
-    assert len(problems) == 3
+def test_the_first_of_axolotls_cross_checks_that_fails_is_said(recipe):
+    wrong = {"fsdp": {"fsdp": ["full_shard"]}, "evals_per_epoch": {"eval_steps": 10}}
+    wrong["fsdp"]["deepspeed"] = "examples/configs/deepspeed/zero2.json"
+    wrong["evals_per_epoch"]["evals_per_epoch"] = 2
+    for word, keys in wrong.items():
+        (problem,) = check_recipe(recipe(**keys)).problems
+        assert word in problem
+    both = check_recipe(recipe(**wrong["fsdp"], **wrong["evals_per_epoch"])).problems
+    assert len(both) == 1
+
+
+def test_a_pattern_of_an_installed_package_is_the_one_that_is_checked(recipe, monkeypatch):
+    from longlora_plugin import attention, registry
+
+    used = []
+    find, enable = registry.find, attention.enable_shifted_attention
+    mine = registry.find("longlora_attention_patterns", "s2", what="pattern")
+
+    def with_mine(hook, name, *, what):
+        return mine if name == "mine" else find(hook, name, what=what)
+
+    def enabled(model, **options):
+        used.append(options["pattern"])
+        return enable(model, **options)
+
+    for module in ("longlora_plugin.registry", "longlora_plugin.run.checks"):
+        monkeypatch.setattr(f"{module}.find", with_mine)
+    monkeypatch.setattr(attention, "enable_shifted_attention", enabled)
+    assert check_recipe(recipe(longlora={"attention_pattern": "mine"})).problems == []
+    assert used == [mine]
 
 
 def test_a_file_that_is_no_recipe_is_a_problem(tmp_path):
