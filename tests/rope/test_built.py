@@ -52,9 +52,7 @@ def test_a_wrong_attention_scaling_alone_is_refused():
     apply_rope(config, settings)
     model = built(config)
     model.model.rotary_emb.attention_scaling = 1.0
-    with pytest.raises(
-        ValueError, match=r"attention_scaling of .* is 1\.0, not 1\.13"
-    ):
+    with pytest.raises(ValueError, match=r"attention_scaling of .* is 1\.0, not 1\.13"):
         check_built_rope(model, settings.config_fields)
 
 
