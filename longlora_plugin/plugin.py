@@ -10,11 +10,12 @@ from longlora_plugin.args import CarriedRun
 from longlora_plugin.host.compat import (
     BasePlugin,
     RecipeError,
-    after_merge,
     is_duplicate_instance,
-    keys_for_merge,
     log,
+    merge_with,
     merges_base_stored_as,
+    quantization_of_run,
+    quantizes_as_only_axolotl_can,
     save_fsdp2_adapters_with,
     uses_deepspeed,
     uses_fsdp,
@@ -48,8 +49,8 @@ class LongLoRAPlugin(BasePlugin):
             recipe = cfg.to_dict()
             base = base_config_of(recipe)
             if cfg.get("merge_lora"):
-                _check_merge(cfg, base)
-                cfg.update(keys_for_merge(cfg))
+                _check_merge(cfg)
+                merge_with(_merge)
             run = prepare_run(recipe, base).checked()
         except ValueError as error:
             raise RecipeError(str(error)) from error
@@ -57,7 +58,6 @@ class LongLoRAPlugin(BasePlugin):
             cfg[key] = value
         for warning in run.warnings:
             log.warning("LongLoRA: %s", warning)
-        after_merge(_finish_merge)
 
     def pre_model_load(self, cfg: Any) -> None:
         run = self._run(cfg)
@@ -186,6 +186,7 @@ class LongLoRAPlugin(BasePlugin):
         callbacks: list[Any] = []
         if run is None:
             return callbacks
+        _raise_limits(trainer, run, base_config_of(cfg))
         if self._handles:
             from longlora_plugin.attention.schedule import AttentionSchedule
 
@@ -232,10 +233,6 @@ class LongLoRAPlugin(BasePlugin):
         while self._undo:
             self._undo.pop()()
 
-    def post_lora_merge(self, cfg: Any, adapter_path: str, output_path: str) -> None:
-        if not is_duplicate_instance(self):
-            _finish_merge(cfg, Path(adapter_path), Path(output_path))
-
     def _run(self, cfg: Any) -> PreparedRun | None:
         if is_duplicate_instance(self) or not asks_for_longlora(cfg):
             return None
@@ -273,41 +270,62 @@ def _any_module_named(model: Any, targets: Any) -> bool:
     return any(name.rsplit(".", 1)[-1] in targets for name, _ in model.named_modules())
 
 
-def _check_merge(cfg: Any, base: Any) -> None:
-    from longlora_plugin.merge import checks
+def _raise_limits(trainer: Any, run: PreparedRun, base: Any) -> None:
+    """Limits that the run saves with tokenizer and model must not repeat the base's context."""
+    from longlora_plugin.merge.limits import raise_limits_of
+    from longlora_plugin.rope.base_config import maximum_of, text_config_of
+
+    before, trained = (
+        maximum_of(text_config_of(config)) or 0 for config in (base, trainer.model.config)
+    )
+    raise_limits_of(
+        trainer.processing_class,
+        getattr(trainer.model, "generation_config", None),
+        {run.pretrained_context or 0, run.base_context or 0, before},
+        max(trained, run.target_context if run.rope_fields else 0),
+    )
+
+
+def _check_merge(cfg: Any) -> None:
+    from longlora_plugin.merge.checks import check_adapter_folder
 
     if not cfg.adapter:
         raise ValueError(
             "merge-lora: this recipe has no adapter: training it writes the whole model to "
             f"output_dir ({cfg.output_dir}), which is the result; there is nothing to merge"
         )
-    adapter_dir = Path(cfg.lora_model_dir or cfg.output_dir or "./model-out")
-    stored = checks.quantization_method(base)
-    checks.check_not_quantized(
-        cfg.base_model, base, merges_base_stored_as(stored, cfg.merge_method)
-    )
-    checks.check_adapter_folder(adapter_dir)
-    checks.check_base_folder(cfg.base_model)
-    checks.check_fits(adapter_dir, cfg.base_model, base)
+    check_adapter_folder(Path(cfg.lora_model_dir or cfg.output_dir or "./model-out"))
 
 
-def _finish_merge(cfg: Any, adapter_dir: Path, merged_dir: Path) -> None:
+def _merge(cfg: Any, weights: Callable[[Path], None]) -> Path | None:
+    """Merge an adapter; `weights` lets Axolotl write the weights of a base that only it knows."""
     run = _carried(cfg)
     if run is None:
-        return
-    from longlora_plugin.merge import complete
+        return None
+    from longlora_plugin.merge import checks, folder
 
+    base = base_config_of(cfg)
+    stored = checks.quantization_method(base)
+    by_axolotl = stored is not None or quantizes_as_only_axolotl_can(cfg)
+    target = Path(cfg.output_dir) / "merged"
     try:
-        notes = complete.complete(
-            adapter_dir,
-            merged_dir,
-            complete.local_folder(cfg.base_model, cfg.revision_of_model),
-            base_config_of(cfg),
-            config_fields=run.rope_fields,
-            base_context=run.resolved_rope().base_context,
-            target_context=run.target_context,
+        checks.check_not_quantized(
+            cfg.base_model, base, merges_base_stored_as(stored, cfg.merge_method)
         )
+        source = folder.Source(
+            adapter_dir=Path(cfg.lora_model_dir),
+            base_dir=checks.local_folder(cfg.base_model, cfg.revision_of_model),
+            base_config=base,
+            recipe={**run.model_config, **run.rope_fields},
+            base_contexts=(run.pretrained_context or 0, run.base_context or 0),
+            target_context=run.target_context if run.rope_fields else None,
+            quantization=None if by_axolotl else quantization_of_run(cfg),
+            remote_code=bool(cfg.trust_remote_code),
+        )
+        notes = folder.merge(source, target, weights=weights if by_axolotl else None)
     except ValueError as error:
-        raise RecipeError(str(error)) from error
+        raise RecipeError(f"merge-lora: {error}") from error
     for note in notes:
         log.info("LongLoRA merge: %s", note)
+    log.info("LongLoRA merge: %s is complete and loads", target)
+    return target

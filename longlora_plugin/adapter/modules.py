@@ -28,8 +28,11 @@ def embedding_modules(model: Any) -> list[str]:
 
 def norm_modules(model: Any) -> list[str]:
     """Names of every normalisation layer with weights, in a multimodal model the decoder's."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    inside = {id(module) for module in (decoder or model).modules()}
+    decoder = (model.get_decoder() if hasattr(model, "get_decoder") else None) or model
+    inside = {id(module) for module in decoder.modules()}
+    if id(model.get_input_embeddings()) not in inside:
+        # ModernBERT calls its output head the decoder.
+        inside = {id(module) for module in model.modules()}
     return [
         name
         for name, module in model.named_modules()
@@ -71,7 +74,10 @@ def embeddings_are_tied(model: Any) -> bool:
 
 
 def attention_projections(model: torch.nn.Module) -> list[str]:
-    """Names of the linear layers of the model's attention, for families without q_proj … o_proj."""
+    """Names of the linear layers of the model's attention, for families without q_proj … o_proj.
+
+    GPT-2's are `Conv1D`, a linear layer whose weight is transposed.
+    """
     from longlora_plugin.attention.eligibility import attention_layers
 
     return sorted(
@@ -79,7 +85,8 @@ def attention_projections(model: torch.nn.Module) -> list[str]:
             name
             for attention in attention_layers(model)
             for name, child in attention.named_children()
-            if isinstance(child, torch.nn.Linear) or type(child).__name__.startswith("Linear")
+            if isinstance(child, torch.nn.Linear)
+            or type(child).__name__.startswith(("Linear", "Conv1D"))
         }
     )
 

@@ -1,8 +1,9 @@
 """Checkpoints of the original LongLoRA project, made into standard PEFT adapters.
 
-Its scripts left two layouts: `adapter_model.bin` (LoRA) beside `trainable_params.bin` (embeddings
-and norms) and `adapter_config.json`; or one `pytorch_model.bin` of the whole wrapped model, from
-which its `get_trainable_weights.py` had to be run first. Neither says how RoPE was scaled, so the
+Its scripts left two layouts: `adapter_model` (LoRA) with `trainable_params` (embeddings and norms)
+and `adapter_config.json`; or the whole wrapped model, from which its `get_trainable_weights.py` had
+to be run first. Each as `.bin` or safetensors, the whole model also in shards; names may begin with
+`module.`, as data-parallel wrappers write them. Neither says how RoPE was scaled, so the
 models answer garbage until someone remembers to: position interpolation with the factor
 ⌈context / original context⌉ (LongLoRA, section 4.1).
 """
@@ -12,21 +13,21 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.checkpoints.files import whole_file, write_json
+from longlora_plugin.checkpoints.files import TOKENIZER_FILES, whole_file, write_json
 
 PREFIX = "base_model.model."
-LORA_FILE, TRAINED_FILE, WHOLE_FILE = (
-    "adapter_model.bin",
-    "trainable_params.bin",
-    "pytorch_model.bin",
-)
+LORA_FILE, TRAINED_FILE, WHOLE_FILE = "adapter_model", "trainable_params", "pytorch_model"
+WHOLE_FILES = (WHOLE_FILE, "model")
 TRAINED_PARTS = ("embed", "norm")
 """What the original trained beside LoRA: every weight with one of these in its name."""
+SELECTS_LAYERS = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
 ORIGINAL_ALPHA = 16
 """α of the original's recipes, for a checkpoint without adapter_config.json."""
 
@@ -98,6 +99,9 @@ def import_checkpoint(
         save_file(tensors, partial, metadata={"format": "pt"})
     if config is not None:
         config.save_pretrained(target)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
     # Last: a folder with this file is a complete adapter.
     write_json(target / "adapter_config.json", adapter_config)
     return Imported(len(lora), len(trained), context if config is not None else None, tuple(notes))
@@ -105,27 +109,26 @@ def import_checkpoint(
 
 def _tensors(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """LoRA tensors and fully trained tensors, named as in the base model."""
-    if (source / LORA_FILE).is_file():
-        lora = _load(source / LORA_FILE)
-        trained = _load(source / TRAINED_FILE) if (source / TRAINED_FILE).is_file() else {}
+    if _files(source, LORA_FILE):
+        lora, trained = _load(source, LORA_FILE), _load(source, TRAINED_FILE)
         if not trained:
             raise ValueError(
                 f"{source} has {LORA_FILE} but no {TRAINED_FILE}: the trained embeddings and norms "
-                f"are missing. They are in the {WHOLE_FILE} of the same run; put it beside it"
+                f"are missing. They are in the {WHOLE_FILE}.bin of the same run; put it there"
             )
-    elif (source / WHOLE_FILE).is_file():
-        whole = _load(source / WHOLE_FILE)
+    else:
+        whole = next(filter(None, (_load(source, name) for name in WHOLE_FILES)), None)
+        if whole is None:
+            raise ValueError(
+                f"{source} holds no LongLoRA checkpoint: expected {LORA_FILE} with {TRAINED_FILE}, "
+                f"or {WHOLE_FILE} (.bin or .safetensors, whole or in shards)"
+            )
         lora = {name: tensor for name, tensor in whole.items() if "lora_" in name}
         trained = {
             name: tensor
             for name, tensor in whole.items()
             if "lora_" not in name and any(part in name for part in TRAINED_PARTS)
         }
-    else:
-        raise ValueError(
-            f"{source} holds no LongLoRA checkpoint: expected {LORA_FILE} with {TRAINED_FILE}, "
-            f"or {WHOLE_FILE}"
-        )
     lora = {_plain_name(name): tensor for name, tensor in lora.items()}
     trained = {_plain_name(name): tensor for name, tensor in trained.items()}
     if not lora:
@@ -138,20 +141,45 @@ def _tensors(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _plain_name(name: str) -> str:
-    return name.removeprefix(PREFIX).replace(".default", "").replace(".base_layer", "")
+    while name.startswith(("module.", PREFIX)):
+        name = name.removeprefix("module.").removeprefix(PREFIX)
+    return name.replace(".default", "").replace(".base_layer", "")
 
 
-def _load(path: Path) -> Mapping[str, Any]:
+def _files(source: Path, stem: str) -> list[Path]:
+    """One file, or its shards (`pytorch_model-00001-of-00002.bin`), all of them."""
+    for suffix in (".safetensors", ".bin"):
+        whole = source / f"{stem}{suffix}"
+        if whole.is_file():
+            return [whole]
+        shards = sorted(source.glob(f"{stem}-*-of-*{suffix}"))
+        if shards:
+            total = int(shards[0].stem.rsplit("-", 1)[-1])
+            if len(shards) != total:
+                raise ValueError(f"{source} holds {len(shards)} of {total} shards of {stem}")
+            return shards
+    return []
+
+
+def _load(source: Path, stem: str) -> dict[str, Any]:
+    return {name: tensor for path in _files(source, stem) for name, tensor in _read(path).items()}
+
+
+def _read(path: Path) -> Mapping[str, Any]:
     import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} was refused: it holds more than tensors, which can run code when loaded. "
             f"Get the file from a source you trust, or convert it there ({error})".splitlines()[0]
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged or cut off: {error}") from None
     if not isinstance(content, Mapping) or not all(
         isinstance(value, torch.Tensor) for value in content.values()
@@ -182,13 +210,21 @@ def _adapter_config(
         "lora_dropout": 0.0,
         "bias": "none",
         "task_type": "CAUSAL_LM",
-        "target_modules": sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in lora}),
-        **config,
+        **{key: value for key, value in config.items() if key not in SELECTS_LAYERS},
+        "target_modules": _targets(lora),
         "peft_type": "LORA",
         "r": ranks.pop(),
         "inference_mode": True,
         "modules_to_save": sorted(modules) or None,
     }
+
+
+def _targets(lora: Mapping[str, Any]) -> list[str]:
+    """What has LoRA by the tensors themselves; the config may say less than was trained."""
+    modules = {name.split(".lora_")[0] for name in lora}
+    counts = Counter(module.rsplit(".", 1)[-1] for module in modules)
+    in_every_layer = len(set(counts.values())) == 1
+    return sorted(counts) if in_every_layer else sorted(modules)
 
 
 def _context(source: Path) -> int | None:
@@ -233,5 +269,7 @@ def _check_against_base(config: Any, trained: Mapping[str, Any], notes: list[str
         if "embed" in name and tensor.shape[0] != text.vocab_size:
             notes.append(
                 f"its embedding has {tensor.shape[0]} rows, the base {text.vocab_size}: call "
-                f"model.resize_token_embeddings({tensor.shape[0]}) before loading the adapter"
+                f"model.resize_token_embeddings({tensor.shape[0]}) before loading the adapter; "
+                "axolotl merge-lora does it by itself"
             )
+            text.vocab_size = tensor.shape[0]

@@ -15,15 +15,16 @@ import click
 def command(source: Path, target: Path, base_model: str | None, context: int | None) -> None:
     """Make an original LongLoRA checkpoint a PEFT adapter.
 
-    Reads adapter_model.bin with trainable_params.bin, or pytorch_model.bin; writes safetensors,
-    adapter_config.json, and config.json with the scaled RoPE that the original left out. Files
-    that hold more than tensors are refused.
+    Reads adapter_model with trainable_params, or pytorch_model (.bin or .safetensors, whole or in
+    shards); writes safetensors, adapter_config.json, and config.json with the scaled RoPE that the
+    original left out. Files that hold more than tensors are refused. The result is loaded once.
     """
     from rich.console import Console
 
     from longlora_plugin.checkpoints.import_original import import_checkpoint
 
     done = import_checkpoint(source, target, base_model=base_model, context=context)
+    _check(target)
     console = Console()
     console.print(
         f"{target}: {done.lora} LoRA tensors, {done.trained} embeddings and norms"
@@ -31,3 +32,24 @@ def command(source: Path, target: Path, base_model: str | None, context: int | N
     )
     for note in done.notes:
         console.print(f"[yellow]note:[/yellow] {note}")
+
+
+def _check(target: Path) -> None:
+    """Load the adapter on its base, without weights; one that does not load is no adapter."""
+    import json
+
+    from transformers import AutoConfig
+
+    from longlora_plugin.merge.folder import Source, open_adapter
+
+    path = target / "adapter_config.json"
+    base_model = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    try:
+        base_config = AutoConfig.from_pretrained(base_model)
+    except (OSError, ValueError, TypeError):
+        return  # a note has said so
+    try:
+        open_adapter(Source(target, Path(base_model), base_config))
+    except ValueError:
+        path.unlink()
+        raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ __all__ = [
     "LOADS_INSTALLED_PLUGINS",
     "BasePlugin",
     "RecipeError",
-    "after_merge",
     "is_duplicate_instance",
-    "keys_for_merge",
     "log",
+    "merge_with",
     "merges_base_stored_as",
+    "quantization_of_run",
+    "quantizes_as_only_axolotl_can",
     "save_fsdp2_adapters_with",
     "uses_deepspeed",
     "uses_fsdp",
@@ -60,26 +62,69 @@ def is_duplicate_instance(plugin: BasePlugin) -> bool:
     return any(each is plugin for each in same) and same[0] is not plugin
 
 
-def after_merge(finish: Callable[[Any, Path, Path], None]) -> None:
-    """Have `finish(cfg, adapter_dir, merged_dir)` called after `axolotl merge-lora`, once.
+def merge_with(merge: Callable[[Any, Callable[[Path], None]], Path | None]) -> None:
+    """Have `axolotl merge-lora` call `merge(cfg, weights)`.
 
-    Only where Axolotl has no hook for it (0.19): there its merge function is wrapped.
+    `weights(folder)` lets Axolotl write its own merged model to a folder. Where `merge` returns
+    None, the recipe is not this package's, and Axolotl's function runs as it is.
     """
-    if HAS_MERGE_HOOK:
-        return
     from axolotl.cli import merge_lora
+    from axolotl.integrations.base import PluginManager
+    from axolotl.loaders.adapter import _patch_peft_clippable_linear
 
-    stock = merge_lora.do_merge_lora
-    if hasattr(stock, "_longlora_stock"):
-        stock = stock._longlora_stock
+    original = getattr(merge_lora.do_merge_lora, "_longlora_original", merge_lora.do_merge_lora)
 
-    @functools.wraps(stock)
+    @functools.wraps(original)
     def do_merge_lora(*, cfg: Any) -> None:
-        stock(cfg=cfg)
-        finish(cfg, Path(cfg.lora_model_dir), Path(cfg.output_dir) / "merged")
+        def weights(folder: Path) -> None:
+            own = cfg.output_dir
+            cfg.output_dir = str(folder / "axolotl")
+            try:
+                original(cfg=cfg)
+            finally:
+                cfg.output_dir = own
+            for path in (folder / "axolotl" / "merged").iterdir():
+                path.rename(folder / path.name)
+            shutil.rmtree(folder / "axolotl")
 
-    do_merge_lora._longlora_stock = stock  # type: ignore[attr-defined]
+        # Gemma 4's clipped linear layers, which PEFT alone does not know.
+        _patch_peft_clippable_linear()
+        merged = merge(cfg, weights)
+        if merged is None:
+            original(cfg=cfg)
+        elif HAS_MERGE_HOOK:
+            PluginManager.get_instance().post_lora_merge(cfg, str(cfg.lora_model_dir), str(merged))
+
+    do_merge_lora._longlora_original = original  # type: ignore[attr-defined]
     merge_lora.do_merge_lora = do_merge_lora
+
+
+def quantization_of_run(cfg: Any) -> dict[str, Any] | None:
+    """Keywords of the BitsAndBytesConfig that a recipe's run trained with; None for 16 bits.
+
+    In addition: `linear`, whether linear layers were quantized, and `quantize_moe_experts`.
+    """
+    four_bit = cfg._original_load_in_4bit or "qlora" in (cfg.adapter, cfg._original_adapter)
+    experts = bool(cfg._original_quantize_moe_experts or cfg.quantize_moe_experts)
+    if not four_bit and not experts:
+        return None
+    settings = dict(cfg.bnb_config_kwargs or {})
+    if HAS_MERGE_HOOK:
+        from axolotl.utils.nf4 import bnb_4bit_skip_modules
+
+        skipped = bnb_4bit_skip_modules(cfg.model_config_type)
+    else:
+        skipped = ["out_proj"] if cfg.model_config_type == "falcon_h1" else None
+    settings.setdefault("llm_int8_skip_modules", skipped or None)
+    return {**settings, "linear": bool(four_bit), "quantize_moe_experts": experts}
+
+
+def quantizes_as_only_axolotl_can(cfg: Any) -> bool:
+    """Whether the run used Axolotl's own 4-bit back end (0.21: `nf4_backend: torchao`, staged)."""
+    return bool(cfg._original_staged_nf4) or "torchao" in (
+        cfg._original_nf4_backend,
+        cfg.nf4_backend,
+    )
 
 
 def merges_base_stored_as(quantization: str | None, merge_method: str | None) -> bool:
@@ -89,17 +134,6 @@ def merges_base_stored_as(quantization: str | None, merge_method: str | None) ->
     return quantization in ("fp8", "mxfp4") or (
         HAS_MERGE_HOOK and quantization == "bitsandbytes 4-bit"
     )
-
-
-def keys_for_merge(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys that make `axolotl merge-lora` round a 4-bit run's base as training did.
-
-    Training double-quantizes unless told otherwise; 0.19's merge then takes the key for false.
-    """
-    if HAS_MERGE_HOOK:
-        return {}
-    own = dict(recipe.get("bnb_config_kwargs") or {})
-    return {"bnb_config_kwargs": {"bnb_4bit_use_double_quant": True, **own}}
 
 
 def uses_deepspeed(cfg: Mapping[str, Any]) -> bool:

@@ -36,6 +36,7 @@ def rope_parameters_of(base_config: Any) -> dict[str, Any]:
         return {
             name: None if value is None else _normal(config, value, nested=True)
             for name, value in written.items()
+            if value is None or isinstance(value, Mapping)
         }
     return _normal(config, written, nested=False)
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longlora_plugin.checkpoints.import_original import import_checkpoint
 from longlora_plugin.cli import longlora
+from longlora_plugin.merge.folder import Source, merge
 
 CONTEXT = 256  # × 4
 R, ALPHA = 4, 8
@@ -78,16 +80,48 @@ def load_stock(base, folder):
     return PeftModel.from_pretrained(model, folder).eval()
 
 
+def in_safetensors(source):
+    for path in source.glob("*.bin"):
+        tensors = {name: tensor.clone() for name, tensor in torch.load(path).items()}
+        save_file(tensors, path.with_suffix(".safetensors"))
+        path.unlink()
+
+
+def in_shards(source):
+    path = source / "pytorch_model.bin"
+    tensors = list(torch.load(path).items())
+    for number, part in enumerate((tensors[::2], tensors[1::2]), start=1):
+        torch.save(dict(part), source / f"pytorch_model-{number:05}-of-00002.bin")
+    path.unlink()
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("change", [None, in_safetensors, in_shards])
 @pytest.mark.parametrize("layout", ["split", "whole"])
-def test_imported_adapter_has_the_logits_of_the_original(tmp_path, original, layout):
+def test_imported_adapter_has_the_logits_of_the_original(
+    tmp_path, original, layout, change, prefix, narrow
+):
     _, base, whole, adapter_config, tokens, logits = original
     source, target = tmp_path / "source", tmp_path / "target"
+    if narrow:  # older than the training that followed it
+        adapter_config = {
+            **adapter_config,
+            "target_modules": ["q_proj"],
+            "layers_to_transform": [0],
+        }
     if layout == "split":
         write_split(source, whole, adapter_config)
     else:
         source.mkdir()
         torch.save(whole, source / "pytorch_model.bin")
         (source / "adapter_config.json").write_text(json.dumps(adapter_config))
+    for path in source.glob("*.bin"):
+        torch.save({prefix + name: tensor for name, tensor in torch.load(path).items()}, path)
+    if change is in_shards and layout == "split":
+        pytest.skip("the parts of a split checkpoint are not in shards")
+    if change:
+        change(source)
     done = import_checkpoint(source, target, context=CONTEXT)
     assert (done.lora, done.trained, done.notes) == (16, 6, ())
     with torch.no_grad():
@@ -113,6 +147,52 @@ def test_unknown_context_is_said_and_writes_no_config(tmp_path, original):
     assert "--context TOKENS" in result.output.replace("\n", " ")
     assert not (tmp_path / "target" / "config.json").exists()
     assert (tmp_path / "target" / "adapter_model.safetensors").exists()
+
+
+def test_lost_shard_is_named(tmp_path, original):
+    _, _, whole, *_ = original
+    torch.save(whole, tmp_path / "pytorch_model.bin")
+    in_shards(tmp_path)
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(ValueError, match="holds 1 of 2 shards of pytorch_model"):
+        import_checkpoint(tmp_path, tmp_path / "target", context=CONTEXT)
+
+
+def test_one_added_pad_row_is_merged_with_the_mean_of_the_heads_rows(tmp_path, original):
+    """As the original began with it: its head was never trained."""
+    _, base, whole, adapter_config, *_ = original
+    name = "base_model.model.model.embed_tokens.weight"
+    row = torch.randn(1, whole[name].shape[1], generator=torch.Generator().manual_seed(2))
+    write_split(tmp_path / "source", {**whole, name: torch.cat([whole[name], row])}, adapter_config)
+    result = CliRunner().invoke(
+        longlora,
+        ["import", str(tmp_path / "source"), str(tmp_path / "out"), "--context", str(CONTEXT)],
+    )
+    assert result.exit_code == 0, result.output
+    notes = merge(
+        Source(tmp_path / "out", base, AutoConfig.from_pretrained(base)), tmp_path / "merged"
+    )
+    assert any("so they are the mean of the others" in note for note in notes)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    head = whole["base_model.model.lm_head.weight"]
+    torch.testing.assert_close(
+        model.lm_head.weight, torch.cat([head, head.mean(dim=0, keepdim=True)])
+    )
+    assert torch.equal(model.model.embed_tokens.weight[-1:], row)
+
+
+def test_import_that_does_not_load_is_no_adapter(tmp_path, original):
+    _, _, whole, adapter_config, *_ = original
+    lost = {name: each for name, each in whole.items() if "layers.1.self_attn.k_proj" not in name}
+    other = {name.replace("layers.1", "layers.7"): each for name, each in lost.items()}
+    write_split(tmp_path / "source", other, adapter_config)
+    result = CliRunner().invoke(
+        longlora,
+        ["import", str(tmp_path / "source"), str(tmp_path / "out"), "--context", str(CONTEXT)],
+    )
+    assert result.exit_code != 0
+    assert "layers.7" in str(result.output) + str(result.exception)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
 class Malicious:
