@@ -1,0 +1,1 @@
+"""Engines that load what is saved here, against transformers 5."""

@@ -1,0 +1,27 @@
+"""The tokenizer's class in a saved folder, by a name that every reader knows.
+
+transformers 5 writes `TokenizersBackend`, which transformers 4 does not have ("Tokenizer class
+TokenizersBackend does not exist"); llama.cpp's converter uses transformers 4. Both know
+`PreTrainedTokenizerFast`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from longlora_plugin.checkpoints.files import write_json
+
+NEW, OLD = "TokenizersBackend", "PreTrainedTokenizerFast"
+
+
+def name_for_older_readers(folder: Path) -> bool:
+    """Write the older class name into a folder's `tokenizer_config.json`; whether it changed."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return False
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("tokenizer_class") != NEW:
+        return False
+    write_json(path, {**content, "tokenizer_class": OLD})
+    return True
