@@ -19,11 +19,12 @@ COMMANDS = {
     "recipes": "Recipes to start from; check any recipe.",
     "plan": "Will a recipe fit, what will it cost; from the config alone.",
     "eval": "Perplexity by context length and position.",
+    "serve-check": "How inference engines read what was saved; what serves it right.",
     "passkey": "Retrieval of a hidden number by length and depth.",
 }
 """Command → its line in `--help`; its module in this package has the same name."""
-MODULES = {"import": "import_original"}
-"""Where a module cannot have its command's name (a keyword)."""
+MODULES = {"import": "import_original", "serve-check": "serve_check"}
+"""Where a module cannot have its command's name."""
 
 
 class LazyGroup(click.Group):
