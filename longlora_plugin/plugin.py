@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from longlora_plugin.args import CarriedRun
+from longlora_plugin.artifacts.manifest import read_manifest
 from longlora_plugin.host.compat import (
     BasePlugin,
     RecipeError,
     is_duplicate_instance,
+    is_main_process,
     log,
     merge_with,
     merges_base_stored_as,
@@ -22,6 +25,7 @@ from longlora_plugin.host.compat import (
 )
 from longlora_plugin.rope import check_built_rope, keep_both_spellings
 from longlora_plugin.run.base_model import base_config_of
+from longlora_plugin.run.manifest import check_same_rope, manifest_of
 from longlora_plugin.run.prepare import PreparedRun, asks_for_longlora, prepare_run
 
 
@@ -36,6 +40,8 @@ class LongLoRAPlugin(BasePlugin):
         self._handles: list[Any] = []  # a reference model has one, too
         self._wanted: list[str] = []
         self._whole_adapters: Any = None
+        self._artifacts: Any = None
+        self._trained: Any = None
         self._undo: list[Callable[[], None]] = []
 
     def get_input_args(self) -> str | None:
@@ -52,6 +58,7 @@ class LongLoRAPlugin(BasePlugin):
                 _check_merge(cfg)
                 merge_with(_merge)
             run = prepare_run(recipe, base).checked()
+            _check_start(cfg, run)
         except ValueError as error:
             raise RecipeError(str(error)) from error
         for key, value in {**run.updates, "longlora": CarriedRun(run)}.items():
@@ -115,7 +122,7 @@ class LongLoRAPlugin(BasePlugin):
         if cfg.merge_lora or cfg.inference:
             return
         if run.adapter == "longlora":
-            trained = self._prepare_adapter(cfg, model)
+            self._trained = trained = self._prepare_adapter(cfg, model)
             log.info(
                 "LongLoRA trains %d modules beside LoRA (%s): %s parameters, kept in %s, "
                 "computing in %s",
@@ -187,6 +194,7 @@ class LongLoRAPlugin(BasePlugin):
         if run is None:
             return callbacks
         _raise_limits(trainer, run, base_config_of(cfg))
+        callbacks.append(self._save_artifacts(run, trainer))
         if self._handles:
             from longlora_plugin.attention.schedule import AttentionSchedule
 
@@ -224,7 +232,31 @@ class LongLoRAPlugin(BasePlugin):
             )
         return callbacks
 
+    def _save_artifacts(self, run: PreparedRun, trainer: Any) -> Any:
+        from longlora_plugin.artifacts.callback import SaveArtifacts
+
+        manifest = manifest_of(run, run.recipe)
+        if self._handles:
+            manifest = replace(
+                manifest,
+                covered_layers=self._handles[0].layers,
+                uncovered_layers=dict(self._handles[0].skipped),
+            )
+        if self._trained is not None:
+            manifest = replace(
+                manifest,
+                trained_modules=self._trained.modules,
+                trained_parameters=self._trained.parameters,
+            )
+        self._artifacts = SaveArtifacts(manifest, run.block.full_attention_steps_of)
+        self._artifacts.watch(trainer)
+        return self._artifacts
+
     def post_train_unload(self, cfg: Any) -> None:
+        if self._artifacts is not None:
+            if is_main_process():
+                self._artifacts.finish(Path(cfg.output_dir))
+            self._artifacts = None
         if self._whole_adapters is not None:
             self._whole_adapters.finish(Path(cfg.output_dir))
             self._whole_adapters = None
@@ -262,6 +294,17 @@ def _check_rope(run: PreparedRun, model: Any) -> None:
 def _carried(cfg: Any) -> PreparedRun | None:
     carried = cfg.get("longlora")
     return carried.run if isinstance(carried, CarriedRun) else None
+
+
+def _check_start(cfg: Any, run: PreparedRun) -> None:
+    """Refuse to go on from weights, or to merge an adapter, of another RoPE."""
+    starts = ["lora_model_dir", "resume_from_checkpoint"]
+    folders = {key: run.updates.get(key) or cfg.get(key) for key in starts}
+    if cfg.get("merge_lora") and not folders["lora_model_dir"]:
+        folders = {"output_dir": cfg.get("output_dir")}
+    for key, folder in folders.items():
+        if folder and Path(str(folder)).is_dir():
+            check_same_rope(str(folder), run, key)
 
 
 def _any_module_named(model: Any, targets: Any) -> bool:
@@ -325,6 +368,9 @@ def _merge(cfg: Any, weights: Callable[[Path], None]) -> Path | None:
         notes = folder.merge(source, target, weights=weights if by_axolotl else None)
     except ValueError as error:
         raise RecipeError(f"merge-lora: {error}") from error
+    from longlora_plugin.artifacts.callback import finish_merged
+
+    finish_merged(target, read_manifest(source.adapter_dir) or manifest_of(run, run.recipe))
     for note in notes:
         log.info("LongLoRA merge: %s", note)
     log.info("LongLoRA merge: %s is complete and loads", target)

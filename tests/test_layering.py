@@ -44,7 +44,7 @@ ALLOWED = {
     "artifacts": "checkpoints",
     "attention": "hookspecs",
     "checkpoints": "rope",
-    "cli": "checkpoints doctor evaluation longqa merge plan recipes run",
+    "cli": "artifacts checkpoints doctor evaluation longqa merge plan recipes run",
     "doctor": "args attention plan recipes registry rope run",
     "evaluation": "checkpoints rope run",
     "hookspecs": "",
@@ -53,11 +53,11 @@ ALLOWED = {
     "longqa": "",
     "merge": "adapter artifacts checkpoints rope",
     "plan": "adapter args attention registry run",
-    "plugin": "adapter args attention evaluation host merge registry rope run",
+    "plugin": "adapter args artifacts attention evaluation host merge registry rope run",
     "recipes": "args attention hookspecs host plan registry run",
     "registry": "attention hookspecs",
     "rope": "hookspecs registry",
-    "run": "args attention checkpoints registry rope",
+    "run": "args artifacts attention checkpoints registry rope",
 }
 """Part of the package → the parts that it imports, all of them."""
 

@@ -22,6 +22,7 @@ __all__ = [
     "BasePlugin",
     "RecipeError",
     "is_duplicate_instance",
+    "is_main_process",
     "log",
     "merge_with",
     "merges_base_stored_as",
@@ -134,6 +135,13 @@ def merges_base_stored_as(quantization: str | None, merge_method: str | None) ->
     return quantization in ("fp8", "mxfp4") or (
         HAS_MERGE_HOOK and quantization == "bitsandbytes 4-bit"
     )
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process of a run, or the first of several."""
+    from axolotl.utils.distributed import is_main_process as is_first
+
+    return is_first()
 
 
 def uses_deepspeed(cfg: Mapping[str, Any]) -> bool:

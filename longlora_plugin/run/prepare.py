@@ -34,6 +34,7 @@ class PreparedRun:
     """The decisions of one run.
 
     Attributes:
+        recipe: as the user wrote it.
         base_model: the recipe's.
         adapter: what the recipe asks for: `longlora`, another of Axolotl's, or None.
         block: the `longlora:` block; `OFF` where the recipe does not ask for LongLoRA.
@@ -52,6 +53,7 @@ class PreparedRun:
         warnings: what to know.
     """
 
+    recipe: Mapping[str, Any]
     base_model: str | None
     adapter: str | None
     block: LongLoRAConfig
@@ -143,6 +145,7 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
         warnings.insert(0, _not_extended(recipe, sequence_len, rope, group_size))
     adapter = recipe.get("adapter")
     return PreparedRun(
+        recipe=copy.deepcopy(dict(recipe)),
         base_model=recipe.get("base_model"),
         adapter=adapter,
         block=block,

@@ -33,6 +33,7 @@ runpy.run_path(str(script), run_name="__main__")
 
 
 def main() -> None:
+    """Score one row."""
     folder, tokens, out = sys.argv[1:]
     row = json.loads(Path(tokens).read_text())
     with tempfile.TemporaryDirectory() as scratch:
@@ -50,6 +51,7 @@ def main() -> None:
 
 
 def score(file: str, row: list[int]) -> list[float | None]:
+    """Log-likelihoods of a row in a GGUF file, for some of its tokens."""
     params = xllamacpp.CommonParams()
     params.model.path = file
     params.n_ctx = len(row) + 16

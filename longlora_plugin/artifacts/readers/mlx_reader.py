@@ -11,6 +11,7 @@ from mlx_lm import load
 
 
 def main() -> None:
+    """Score one row."""
     mx.set_default_device(mx.cpu)
     folder, tokens, out = sys.argv[1:]
     row = json.loads(Path(tokens).read_text())

@@ -9,6 +9,7 @@ import transformers
 
 
 def main() -> None:
+    """Score one row."""
     folder, tokens, out = sys.argv[1:]
     row = json.loads(Path(tokens).read_text())
     transformers.AutoTokenizer.from_pretrained(folder)  # a server needs it too

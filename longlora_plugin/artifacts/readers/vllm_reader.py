@@ -15,6 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 
 def main() -> None:
+    """Score one row."""
     folder, tokens, out = sys.argv[1:]
     row = json.loads(Path(tokens).read_text())
     served = EngineArgs(model=folder).create_model_config().max_model_len

@@ -1,0 +1,86 @@
+"""`longlora.json`, the model card and the tokenizer's class name in every folder a run saves."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from longlora_plugin.artifacts.card import write_card
+from longlora_plugin.artifacts.manifest import Manifest, write_manifest
+from longlora_plugin.artifacts.tokenizer import name_for_older_readers
+
+
+class SaveArtifacts(TrainerCallback):
+    """Completes each checkpoint, and, through `finish`, the run's own folder.
+
+    Args:
+        manifest: what is known before the first step.
+        full_attention_steps: function of the run's total steps → how many of the last ones use
+            full attention.
+    """
+
+    def __init__(self, manifest: Manifest, full_attention_steps: Callable[[int], int]) -> None:
+        self.manifest = manifest
+        self.full_attention_steps = full_attention_steps
+
+    def watch(self, trainer: Any) -> None:
+        """Complete the card whenever the trainer writes its own, also before it pushes to a hub."""
+        original = trainer.create_model_card
+
+        @functools.wraps(original)
+        def create_model_card(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if trainer.is_world_process_zero():
+                self.finish(Path(trainer.args.output_dir))
+            return result
+
+        trainer.create_model_card = create_model_card
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Count the steps done, and those of them with full attention."""
+        first_full = state.max_steps - self.full_attention_steps(state.max_steps)
+        self.manifest = replace(
+            self.manifest,
+            steps=state.global_step,
+            full_attention_steps=max(0, state.global_step - first_full),
+        )
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Complete a checkpoint."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            self.finish(folder)
+
+    def finish(self, folder: Path) -> None:
+        """Write what a saved folder says about itself."""
+        write_manifest(folder, self.manifest)
+        write_card(folder, self.manifest, "adapter" if self.manifest.adapter else "model")
+        name_for_older_readers(folder)
+
+
+def finish_merged(merged_dir: Path, manifest: Manifest) -> None:
+    """Complete a merged folder.
+
+    Args:
+        manifest: of the adapter, or of the recipe where the adapter has none.
+    """
+    write_manifest(merged_dir, manifest)
+    write_card(merged_dir, manifest, "merged")
+    name_for_older_readers(merged_dir)
