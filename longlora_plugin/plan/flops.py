@@ -131,6 +131,7 @@ def step_flops(
     lora_weights: int = 0,
     checkpointing: bool = True,
     flash: bool = True,
+    tiled_mlp: bool = False,
     causal: bool = True,
     pattern: AttentionPattern = S2,
 ) -> Flops:
@@ -143,6 +144,7 @@ def step_flops(
         trains_base: the model's own matrices are trained (full fine-tune).
         lora_weights: elements of the LoRA matrices; counted with the projections.
         flash: attention recomputes its scores in the backward pass.
+        tiled_mlp: the FFN runs forward once more in its backward pass, tile by tile.
         causal: as in `forward_flops`.
     """
     forward = forward_flops(shape, length, group_size, causal=causal, pattern=pattern)
@@ -153,7 +155,7 @@ def step_flops(
         attention=forward.attention * (1 + again + (FLASH_BACKWARD if flash else 2)),
         projections=forward.projections * (1 + again + backward)
         + 2.0 * length * lora_weights * (3 + again),
-        ffn=forward.ffn * (1 + again + backward),
+        ffn=forward.ffn * (1 + again + backward + (1 if tiled_mlp else 0)),
         others=head * (1 + backward) + (forward.others - head) * (2 + again),
     )
 

@@ -5,25 +5,48 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from longlora_plugin.args import LongLoRAConfig
+from longlora_plugin.plan.cost import STEPS, Steps
 from longlora_plugin.plan.memory import OPTIMIZERS, Training
 from longlora_plugin.plan.parameters import Parameters, count_parameters
+from longlora_plugin.plan.remedies import MLP_TILE
+from longlora_plugin.plan.shape import ModelShape, meta_model
 from longlora_plugin.run.axolotl_keys import (
     LORA_DEFAULTS,
     LORA_TARGETS,
     attention_implementation,
 )
+from longlora_plugin.run.prepare import prepare_run
 from longlora_plugin.run.recipe import Recipe
 
 DEEPSPEED_BUCKET = int(5e8)
 DEEPSPEED_LIVE = int(1e9)
 """DeepSpeed's defaults for `reduce_bucket_size` and `stage3_max_live_parameters`."""
-NOT_MODELLED = ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size")
+VARLEN_HEAD_DIM = 256
+"""Widest head of torch's varlen attention."""
+NOT_MODELLED = ("tensor_parallel_size", "expert_parallel_size")
+CONTEXT_PARALLEL = ("context_parallel_size", "sequence_parallel_degree")
+"""Axolotl's spellings; the third is `context_parallel: {size: …}`."""
+
+
+def model_of(recipe: Recipe, config: Any) -> tuple[LongLoRAConfig, Any]:
+    """The block of a recipe that can run, and the model it trains, without weights.
+
+    Args:
+        config: the base model's transformers config.
+
+    Raises:
+        ValueError: says everything that is wrong with the recipe.
+    """
+    run = prepare_run(recipe.raw, config).checked()
+    trust = recipe.raw.get("trust_remote_code") is True
+    return run.block, meta_model(run.config_of(config), trust_remote_code=trust)
 
 
 def parameters_of(recipe: Recipe, model: Any) -> Parameters:
@@ -63,8 +86,14 @@ def parameters_of(recipe: Recipe, model: Any) -> Parameters:
     )
 
 
-def training_of(recipe: Recipe, gpus: int) -> tuple[Training, tuple[str, ...]]:
+def training_of(
+    recipe: Recipe, gpus: int, shape: ModelShape | None = None
+) -> tuple[Training, tuple[str, ...]]:
     """What bears on a recipe's memory, and notes on what had to be assumed.
+
+    Args:
+        gpus: GPUs of the run.
+        shape: of the model; None leaves out what depends on it.
 
     Raises:
         ValueError: the DeepSpeed file is neither there nor known by its name, or a wrong value.
@@ -74,7 +103,9 @@ def training_of(recipe: Recipe, gpus: int) -> tuple[Training, tuple[str, ...]]:
     optimizer, temporaries = _optimizer(str(raw.get("optimizer") or "adamw_torch_fused"), notes)
     checkpointing = raw.get("gradient_checkpointing") or False
     fsdp = raw.get("fsdp_config") or {}
-    offloaded = str(checkpointing).startswith("offload") or bool(raw.get("activation_offloading"))
+    offloading = raw.get("activation_offloading") or str(checkpointing).startswith("offload")
+    # With an adapter Axolotl offloads instead of recomputing, unless hidden_states are asked for.
+    recomputes = not offloading or offloading == "hidden_states" or not recipe.adapter
     attention, own = attention_of(recipe), uses_own_attention(recipe)
     values: dict[str, Any] = {
         "sequence_len": recipe.sequence_len,
@@ -82,24 +113,70 @@ def training_of(recipe: Recipe, gpus: int) -> tuple[Training, tuple[str, ...]]:
         "gpus": gpus,
         "compute_bytes": 2 if raw.get("bf16", "auto") or raw.get("fp16") else 4,
         "quantization": _quantization(recipe),
-        "checkpointing": bool(checkpointing or fsdp.get("activation_checkpointing")),
-        "offload_activations": offloaded,
+        "context_parallel": context_parallel_size(raw),
+        "checkpointing": bool(checkpointing or fsdp.get("activation_checkpointing")) and recomputes,
+        "offload_activations": bool(offloading),
+        "offload_layers": bool(raw.get("layer_offloading")),
         "optimizer": optimizer,
         "optimizer_temporaries": temporaries,
         "loss": _loss(raw),
+        "loss_chunks": int(raw.get("chunked_cross_entropy_num_chunks") or 8),
         "shifted_copies": attention == "sdpa" and uses_shifted_attention(recipe),
-        "dense_mask": own and attention in ("sdpa", "eager") and bool(raw.get("sample_packing")),
     }
+    values["dense_mask"] = own and _packed_mask(raw, attention, shape, values["compute_bytes"])
+    if gpus % values["context_parallel"]:
+        raise ValueError(
+            f"context_parallel_size: {values['context_parallel']} does not divide the {gpus} GPUs "
+            "of the plan; write --gpus with a multiple of it"
+        )
+    values["mlp_tiles"] = _mlp_tiles(raw, Training(**values).tokens)
     if raw.get("deepspeed"):
         values |= _deepspeed(raw["deepspeed"], recipe.path.parent, notes)
     elif raw.get("fsdp_config") or raw.get("fsdp"):
         values |= _fsdp(fsdp, raw.get("fsdp") or [])
+    if raw.get("selective_checkpointing"):
+        notes.append(
+            "selective_checkpointing: the attention outputs it keeps are not in the memory below: "
+            "the size of a layer's input for each layer"
+        )
     for key in NOT_MODELLED:
         if int(raw.get(key) or 1) > 1:
             notes.append(
                 f"{key}: {raw[key]} is not modelled; every GPU is planned as data-parallel"
             )
     return Training(**values), tuple(notes)
+
+
+def context_parallel_size(raw: Mapping[str, Any]) -> int:
+    """How many GPUs share a row, by any of Axolotl's spellings."""
+    block = raw.get("context_parallel")
+    given = [raw.get(key) for key in CONTEXT_PARALLEL]
+    given.append(block.get("size") if isinstance(block, Mapping) else None)
+    return max(int(each or 1) for each in given)
+
+
+def _mlp_tiles(raw: Mapping[str, Any], tokens: int) -> int:
+    if not raw.get("tiled_mlp"):
+        return 1
+    return int(raw.get("tiled_mlp_num_shards") or -(-tokens // MLP_TILE))
+
+
+def steps_of(recipe: Recipe, training: Training, rows: int | None = None) -> Steps:
+    """How many steps a run has, and of how many rows each.
+
+    Args:
+        rows: rows of the dataset, where they are known.
+    """
+    raw = recipe.raw
+    accumulation = int(raw.get("gradient_accumulation_steps") or 1)
+    a_step = training.data_parallel * training.micro_batch_size * accumulation
+    if raw.get("max_steps"):
+        return Steps(int(raw["max_steps"]), "max_steps", a_step)
+    epochs = float(raw.get("num_epochs") or 1)
+    if rows:
+        count = max(1, math.ceil(epochs * rows / a_step))
+        return Steps(count, f"{epochs:g} epochs of {rows:,} rows", a_step)
+    return Steps(STEPS, f"{STEPS} steps: max_steps is not set, --rows not given", a_step, True)
 
 
 def uses_shifted_attention(recipe: Recipe) -> bool:
@@ -116,6 +193,25 @@ def attention_of(recipe: Recipe) -> str:
     """`eager`, `sdpa` or `flash` (any kernel that needs neither scores nor a dense mask)."""
     name = attention_implementation(recipe.raw)
     return name if name in ("eager", "sdpa") else "flash"
+
+
+def _packed_mask(
+    raw: Mapping[str, Any], attention: str, shape: ModelShape | None, compute_bytes: int
+) -> bool:
+    """Whether packed rows get a dense N × N mask.
+
+    On `sdpa` Axolotl takes torch's varlen kernel instead where it can: on a GPU in 16 bits, heads
+    of one width up to VARLEN_HEAD_DIM, no sliding layers, and sdpa asked for by name.
+    """
+    if attention not in ("sdpa", "eager") or not raw.get("sample_packing"):
+        return False
+    named = bool(raw.get("attn_implementation") or raw.get("sdp_attention"))
+    asked = raw.get("sdpa_varlen")
+    varlen = attention == "sdpa" and compute_bytes == 2 and (named if asked is None else asked)
+    if varlen and shape is not None:
+        varlen = shape.head_dim <= VARLEN_HEAD_DIM and shape.head_dim == shape.value_dim
+        varlen = varlen and shape.full_layers == len(shape.windows)
+    return not varlen
 
 
 def _quantization(recipe: Recipe) -> str | None:

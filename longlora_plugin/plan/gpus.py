@@ -1,4 +1,4 @@
-"""How much memory a GPU has."""
+"""How much memory a GPU has, and how fast it multiplies."""
 
 from __future__ import annotations
 
@@ -14,30 +14,34 @@ class Gpu:
         name: as `--gpu` takes it.
         memory: GiB, the total that the vendor's tool (nvidia-smi, rocm-smi) shows with ECC on;
             what the driver keeps of it is in `memory.CONTEXT`.
+        tflops: dense matrix products in bf16 (fp16 where there is no bf16) with fp32 sums, TFLOP/s
+            of the vendor's data sheet, without sparsity; None for a GPU of which only the size is
+            known.
     """
 
     name: str
     memory: float
+    tflops: float | None = None
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("t4-16gb", 15.0),
-        Gpu("a10g-24gb", 22.5),
-        Gpu("l4-24gb", 22.5),
-        Gpu("rtx3090-24gb", 24.0),
-        Gpu("rtx4090-24gb", 24.0),
-        Gpu("v100-32gb", 31.7),
-        Gpu("rtx5090-32gb", 31.8),
-        Gpu("a100-40gb", 40.0),
-        Gpu("l40s-48gb", 45.0),
-        Gpu("a6000-48gb", 48.0),
-        Gpu("a100-80gb", 80.0),
-        Gpu("h100-80gb", 79.6),
-        Gpu("h200-141gb", 140.4),
-        Gpu("b200-180gb", 179.0),
-        Gpu("mi300x-192gb", 192.0),
+        Gpu("t4-16gb", 15.0, 65),
+        Gpu("a10g-24gb", 22.5, 70),
+        Gpu("l4-24gb", 22.5, 121),
+        Gpu("rtx3090-24gb", 24.0, 71),
+        Gpu("rtx4090-24gb", 24.0, 165),
+        Gpu("v100-32gb", 31.7, 125),
+        Gpu("rtx5090-32gb", 31.8, 210),
+        Gpu("a100-40gb", 40.0, 312),
+        Gpu("l40s-48gb", 45.0, 362),
+        Gpu("a6000-48gb", 48.0, 155),
+        Gpu("a100-80gb", 80.0, 312),
+        Gpu("h100-80gb", 79.6, 989),
+        Gpu("h200-141gb", 140.4, 989),
+        Gpu("b200-180gb", 179.0, 2250),
+        Gpu("mi300x-192gb", 192.0, 1307),
     )
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from longlora_plugin.plan.gpus import Gpu
 from longlora_plugin.plan.memory import GIB
-from longlora_plugin.plan.tables import Run
+from longlora_plugin.plan.planner import Run
 
 
 def lengths_around(length: int) -> list[int]:

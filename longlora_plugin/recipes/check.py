@@ -90,9 +90,9 @@ def check_recipe(
     except ValueError as error:
         report.problems.append(str(error))
         return report
-    report.problems += _repeated_keys(Path(path))
+    report.problems += repeated_keys(Path(path))
 
-    _check_plugin_line(raw, report)
+    check_plugin_line(raw, report)
     config = _base_config(raw, base_config, report)
     run = prepare_run(raw, config)
     report.problems += run.problems
@@ -127,7 +127,8 @@ def capabilities_of(gpu: str, gpus: int) -> dict[str, Any]:
     }
 
 
-def _repeated_keys(path: Path) -> list[str]:
+def repeated_keys(path: Path) -> list[str]:
+    """Keys that a recipe gives twice; YAML takes the last one in silence."""
     from ruamel.yaml import YAML
     from ruamel.yaml.constructor import DuplicateKeyError
     from ruamel.yaml.error import YAMLError
@@ -146,12 +147,11 @@ def _plugins(raw: Mapping[str, Any]) -> list[str]:
     return [str(name) for name in names] if isinstance(names, list) else [str(names)]
 
 
-def _check_plugin_line(raw: Mapping[str, Any], report: Report) -> None:
-    from longlora_plugin.host import compat
-
+def check_plugin_line(raw: Mapping[str, Any], report: Report) -> None:
+    """Whether Axolotl will load this plugin where the recipe asks for it."""
     asks = asks_for_longlora(raw)
     named = any(name.startswith("longlora_plugin") for name in _plugins(raw))
-    if asks and not named and compat.LOADS_INSTALLED_PLUGINS:
+    if asks and not named and _loads_installed_plugins():
         report.notes.append(
             f"plugins: {PLUGIN} is not among them; this Axolotl loads it all the same, 0.19 and "
             "0.20 would not"
@@ -166,6 +166,12 @@ def _check_plugin_line(raw: Mapping[str, Any], report: Report) -> None:
             "the plugin is loaded but does nothing: the recipe has neither adapter: longlora nor "
             "a longlora: block"
         )
+
+
+def _loads_installed_plugins() -> bool:
+    from longlora_plugin.host.compat import LOADS_INSTALLED_PLUGINS
+
+    return LOADS_INSTALLED_PLUGINS
 
 
 def _base_config(raw: Mapping[str, Any], stand_in: str | None, report: Report) -> Any:

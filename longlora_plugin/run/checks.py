@@ -54,6 +54,7 @@ def problems_of(
         checks += [
             partial(block.group_size_for, sequence_len),
             partial(_check_attention, recipe),
+            partial(_check_scaling_softmax, recipe),
             partial(
                 find,
                 "longlora_attention_patterns",
@@ -140,6 +141,16 @@ def _check_attention(recipe: Mapping[str, Any]) -> None:
             "shifted attention does not work with context_parallel_size: "
             f"{recipe['context_parallel_size']}, which gives each GPU a part of the row; remove "
             "it, or write longlora: {shifted_attention: false}"
+        )
+
+
+def _check_scaling_softmax(recipe: Mapping[str, Any]) -> None:
+    # Axolotl scales scores in its own FlexAttention function, which S² takes the place of in
+    # training only: the model would train without the scale and be evaluated with it.
+    if recipe.get("scaling_softmax"):
+        raise ValueError(
+            "shifted attention does not work with scaling_softmax: true, which would apply in "
+            "evaluation only; remove it, or write longlora: {shifted_attention: false}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import weakref
 from pathlib import Path
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import head_masks
+from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,6 +31,7 @@ from transformers import (
     ViTConfig,
 )
 
+from benchmarks.paper import headline, print_paper, table_12
 from longlora_plugin.cli import longlora
 from longlora_plugin.plan import (
     GPUS,
@@ -50,7 +53,6 @@ from longlora_plugin.plan import (
 )
 from longlora_plugin.plan.flops import attended_pairs
 from longlora_plugin.plan.memory import NF4_BYTES, OPTIMIZERS, saved_by_layer
-from longlora_plugin.plan.paper import headline
 from longlora_plugin.run.recipe import read_recipe
 
 # Table 11 of the paper, Llama2-7B: length, full or S², attention, projections, FFN, others, total.
@@ -120,6 +122,8 @@ def llama(
 def write_recipe(folder: Path, config: Any, **keys: Any) -> Path:
     config.save_pretrained(folder / "base")
     recipe = folder / "recipe.yml"
+    if "longlora" in keys or keys.get("adapter") == "longlora":
+        keys = {"plugins": ["longlora_plugin.LongLoRAPlugin"], **keys}
     recipe.write_text(json.dumps({"base_model": str(folder / "base"), **keys}), encoding="utf-8")
     return recipe
 
@@ -449,8 +453,6 @@ def test_a_recipe_like_the_papers_needs_table_12s_memory(
 
 
 def test_the_papers_stack_is_planned_within_nine_per_cent_and_out_of_memory_where_it_was() -> None:
-    from longlora_plugin.plan.paper import table_12
-
     planned = {
         ({"full fine-tune": "full", "LoRA": "lora", "LongLoRA": "longlora"}[cell.run], cell.length):
         cell for cell in table_12()
@@ -920,23 +922,22 @@ def test_without_a_gpu_every_known_one_is_answered(tmp_path: Path) -> None:
     assert [row["gpu"] for row in written["by_gpu"]] == list(GPUS)
 
 
-def test_paper_prints_both_tables_and_the_answer(tmp_path: Path) -> None:
-    result = invoke("--paper", "--json", tmp_path / "paper.json")
-    assert result.exit_code == 0, result.output
-    assert result.output.count("the same") == 8
-    assert "out of memory" in result.output
-    assert "102400" in result.output
-    written = json.loads((tmp_path / "paper.json").read_text())
-    assert len(written["table_12"]) == 12
-    assert [goal["fits"] for goal in written["reach"]] == [True, True, True]
+def test_the_papers_page_prints_both_tables_and_the_answer() -> None:
+    out = Console(file=io.StringIO(), width=120)
+    figures = print_paper(out)
+    printed = out.file.getvalue()
+    assert printed.count("the same") == 8
+    assert "out of memory" in printed
+    assert "102400" in printed
+    assert len(figures["table_12"]) == 12
+    assert [goal["fits"] for goal in figures["reach"]] == [True, True, True]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a RECIPE, or ask for --paper"),
+        ([], "Missing argument 'RECIPE'"),
         (["nowhere.yml"], "cannot read recipe nowhere.yml"),
-        (["--paper", "nowhere.yml"], "--paper stands alone"),
     ],
 )
 def test_a_command_line_that_cannot_work_is_an_error(arguments: list[str], message: str) -> None:

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
+from transformers import AutoConfig
 
 from longlora_plugin.cli import longlora
+from longlora_plugin.plan import plan_recipe
 from longlora_plugin.recipes import longlora_recipes as shipped
 from longlora_plugin.recipes.check import check_recipe
+from longlora_plugin.run.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]
 LLAMA = "meta-llama/Llama-2-7b-hf"
@@ -34,6 +37,9 @@ EXPECTED = {
     "smollm2-135m-cpu": (8192, 16384, "linear", 2, 1024, "longlora"),
     "full-finetune-16k": (4096, 16384, "yarn", 4, 4096, None),
     "qlora-24gb": (4096, 16384, "yarn", 4, 4096, "longlora"),
+    "single-gpu-24gb": (8192, 49152, "yarn", 6, 12288, "longlora"),
+    "single-gpu-48gb": (131072, 196608, "llama3", 24, 49152, "longlora"),
+    "single-gpu-80gb": (131072, 491520, "llama3", 60, 122880, "longlora"),
     "fsdp2-32k": (8192, 32768, "yarn", 4, 8192, "longlora"),
     "sft-longalpaca": (4096, 16384, "linear", 4, 4096, "longlora"),
     "sft-longqa-local": (4096, 16384, "linear", 4, 4096, "longlora"),
@@ -70,6 +76,18 @@ def test_shipped_recipe_is_right_and_fits_the_gpus_it_names(name, bases, monkeyp
         report.resolved["group_size"],
         report.resolved["adapter"],
     ) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(EXPECTED) if "single-gpu" in name])
+def test_single_gpu_recipe_says_what_plan_says(name, bases):
+    path = shipped()[name]
+    base = yaml.safe_load(path.read_text())["base_model"]
+    config = AutoConfig.from_pretrained(bases / base)
+    plan = plan_recipe(read_recipe(path), config, gpu=_named_gpus(path)[0])
+    total, host = plan.memory["total"], plan.host_memory
+    assert f"plan: {total:.1f} GiB on the GPU and {host:.0f} GiB of CPU" in path.read_text()
+    assert plan.fits
+    assert not plan.tight
 
 
 def _named_gpus(path: Path) -> tuple[str | None, int]:

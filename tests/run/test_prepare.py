@@ -150,6 +150,7 @@ def test_missing_sequence_len_is_axolotls_default():
         ),
         (recipe(sage_attention=True), llama(), ["sage"]),
         (recipe(context_parallel_size=2), llama(), ["context_parallel_size: 2"]),
+        (recipe(scaling_softmax=True), llama(), ["scaling_softmax: true", "evaluation only"]),
         (
             recipe(model_config={"rope_parameters": {"rope_type": "linear", "factor": 2}}),
             llama(),
