@@ -50,9 +50,19 @@ def merged_and_expected(
     return logits(load(target), name), expected, plain
 
 
+OPTIONS = {
+    # Axolotl teaches PEFT the clipped linear layers of its vision tower.
+    "gemma4": {"target_modules": r".*language_model.*\.(q|k|v|o)_proj"},
+}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_merged_model_of_every_family_is_the_trained_one(tmp_path, name):
-    merged, expected, plain = merged_and_expected(tmp_path, name)
+    merged, expected, plain = merged_and_expected(tmp_path, name, **OPTIONS.get(name, {}))
+    if name == "youtu":
+        # While it loads this family, transformers sets the padding token's row to zero.
+        merged, expected = merged[..., 1:], expected[..., 1:]
+        plain = plain[..., 1:]
     assert (expected - plain).abs().max() > 0.01
     assert (merged - expected).abs().max() < TOLERANCE
 
