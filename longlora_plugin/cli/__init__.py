@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": "Will a recipe fit, what will it cost; from the config alone.",
     "eval": "Perplexity by context length and position.",
     "serve-check": "How inference engines read what was saved; what serves it right.",
+    "bench": "RULER and other benchmarks of lm-eval, by context length.",
     "passkey": "Retrieval of a hidden number by length and depth.",
 }
 """Command → its line in `--help`; its module in this package has the same name."""

@@ -6,6 +6,7 @@ is the JSON alone. Files are tried before the work starts.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,8 @@ class Output:
         for path in (self.json_path, self.plot):
             if path and path != STANDARD_OUTPUT and not quiet:
                 check_writable(Path(path))
-        self.errors = Console(stderr=True, quiet=quiet)
+        # The stream itself: what redirects standard error for a while leaves progress alone.
+        self.errors = Console(file=sys.stderr, quiet=quiet)
         self.console = self.errors if self.is_piped else Console(quiet=quiet)
 
     @property

@@ -125,3 +125,37 @@ class PasskeyOptions:
     trials: int = option(10, "Questions for each length and depth.", minimum=1)
     seed: int = option(0, "Decides every trial.")
     batch_size: int | None = option(None, "Prompts in a forward pass.", minimum=1)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What `bench` runs."""
+
+    tasks: tuple[str, ...] = option(
+        (),
+        "Suites (ruler, ruler-offline, longbench2, babilong, graphwalks, short) or any task of "
+        "lm-eval. helmet, nolima and longbench-original print the authors' commands. Default: "
+        "ruler where the Hugging Face hub can be reached, else ruler-offline.",
+        metavar="NAME,…",
+    )
+    lengths: tuple[int, ...] = option(
+        (),
+        "Context lengths. Default: the base model's context, its doublings, sequence_len. Tasks "
+        "that make no text of their own run once, at the longest.",
+        metavar="4096,8192,…",
+    )
+    limit: int | None = option(None, "Examples of each task and length. Default: all.", minimum=1)
+    batch_size: int = option(1, "Prompts in a forward pass.", minimum=1)
+    chat_template: bool = option(False, "Put prompts into the tokenizer's chat template.")
+    threshold: float = option(
+        0.856,
+        "Mean score at which a length counts as effective. RULER takes Llama2-7B's at 4096.",
+    )
+    output_path: str | None = option(
+        None, "Also write each result as lm-eval writes it.", metavar="FOLDER"
+    )
+    eval_results: str | None = option(
+        None,
+        "Also write the trained model's scores to FOLDER/.eval_results, as the hub reads them.",
+        metavar="FOLDER",
+    )

@@ -14,6 +14,7 @@ from longlora_plugin.evaluation.tables import (
     depth_label,
     labels_of,
     lengths_of,
+    mean_score,
     tokens_label,
 )
 
@@ -106,6 +107,26 @@ def plot_positions(rows: Sequence[Row], path: str | Path, *, title: str | None =
     axes.set_xlabel("tokens seen before the predicted one")
     axes.set_ylabel("perplexity")
     _finish_lines(axes, title or f"Perplexity by position, windows of {first['length']} tokens")
+    _save(figure, path)
+
+
+def plot_scores(rows: Sequence[Row], path: str | Path) -> None:
+    """Draw the mean score by length, one line a model, as a PNG."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    figure, axes = _figure(7, 4.2)
+    for index, label in enumerate(labels_of(rows)):
+        group = [row for row in rows if row["model"] == label]
+        points = [(length, 100 * mean_score(group, length)) for length in lengths_of(group)]
+        _line(axes, label, index, points)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths_of(rows))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_label(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(-3, 103)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("mean score, %")
+    _finish_lines(axes, f"{len({row['task'] for row in rows})} tasks by context length")
     _save(figure, path)
 
 

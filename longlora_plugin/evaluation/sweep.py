@@ -20,6 +20,10 @@ Cell = Mapping[str, Any]
 """What tells one row of a model from another, for example its length."""
 
 
+class NotMeasurable(Exception):
+    """A cell has no row; says why."""
+
+
 class Experiment:
     """What is measured of every model.
 
@@ -42,6 +46,9 @@ class Experiment:
 
         Args:
             progress: told the amount just done, and the amount in all.
+
+        Raises:
+            NotMeasurable: this cell has no row, the others do.
         """
         raise NotImplementedError
 
@@ -107,7 +114,11 @@ def sweep(
         if model is None or model.source is not source:
             model = None  # the last one's memory is free before the next one loads
             model = source.load(processes.device, dtype)
-        row = _row(experiment, model, cell, settings, processes, listener)
+        try:
+            row = _row(experiment, model, cell, settings, processes, listener)
+        except NotMeasurable as reason:
+            listener.note(str(reason))
+            continue
         rows[index] = row
         if processes.main:
             experiment.finished(row)

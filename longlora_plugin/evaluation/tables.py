@@ -121,6 +121,56 @@ def depth_tables(rows: Sequence[Row]) -> list[Table]:
     return tables
 
 
+def bench_tables(rows: Sequence[Row]) -> list[Table]:
+    """A table of tasks × lengths for each model, in percent, with the mean of each length."""
+    tables = []
+    for label in labels_of(rows):
+        group = [row for row in rows if row["model"] == label]
+        table = Table(
+            title=f"Benchmarks: {label}",
+            caption="score in percent ± standard error; *: some prompts were cut to the length",
+            **TABLE,
+        )
+        table.add_column("task")
+        for length in lengths_of(group):
+            table.add_column(str(length), justify="right")
+        for task in dict.fromkeys(row["task"] for row in group):
+            found = {row["length"]: row for row in group if row["task"] == task}
+            cells = (found.get(length) for length in lengths_of(group))
+            table.add_row(task, *("–" if row is None else _percent(row) for row in cells))
+        if len({row["task"] for row in group}) > 1:
+            table.add_section()
+            means = (mean_score(group, length) for length in lengths_of(group))
+            table.add_row("mean", *(f"{100 * mean:.1f}" for mean in means))
+        tables.append(table)
+    return tables
+
+
+def mean_score(rows: Sequence[Row], length: int) -> float:
+    """Mean over the tasks of one length."""
+    scores = [row["score"] for row in rows if row["length"] == length]
+    return float(sum(scores) / len(scores))
+
+
+def effective_length(rows: Sequence[Row], threshold: float) -> int | None:
+    """RULER's effective length of one model: the longest whose mean score is at the threshold.
+
+    Lengths at which a task has no row are left out: means over different tasks do not compare.
+    """
+    tasks = {row["task"] for row in rows}
+    whole = [
+        length
+        for length in lengths_of(rows)
+        if {row["task"] for row in rows if row["length"] == length} == tasks
+    ]
+    return max((length for length in whole if mean_score(rows, length) >= threshold), default=None)
+
+
+def _percent(row: Row) -> str:
+    error = "" if row["stderr"] is None else f" ± {100 * row['stderr']:.1f}"
+    return f"{100 * row['score']:.1f}{error}{'*' if row['truncated'] else ''}"
+
+
 def _find(rows: Sequence[Row], length: int, depth: Any) -> Row | None:
     return next((r for r in rows if r["length"] == length and r["depth"] == depth), None)
 

@@ -1,0 +1,67 @@
+"""Which tasks of lm-eval a suite is, what data they need, and what is run by its authors' scripts.
+
+Loads nothing of lm-eval.
+"""
+
+from __future__ import annotations
+
+NIAH_OFFLINE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3")
+RULER_OFFLINE = (*NIAH_OFFLINE, "ruler_vt", "ruler_cwe", "ruler_fwe")
+"""RULER's tasks whose texts are made on the spot."""
+RULER_ESSAYS = (
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multiquery",
+    "niah_multivalue",
+)
+RULER_QUESTIONS = ("ruler_qa_squad", "ruler_qa_hotpot")
+RULER = (*RULER_OFFLINE, *RULER_ESSAYS, *RULER_QUESTIONS)
+
+SUITES: dict[str, tuple[str, ...]] = {
+    "ruler": RULER,
+    "ruler-offline": RULER_OFFLINE,
+    "longbench2": ("longbench2",),
+    "babilong": tuple(f"babilong_qa{number}" for number in range(1, 6)),
+    "graphwalks": ("graphwalks_128k",),
+    "short": ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "piqa"),
+}
+"""Suite → tasks or groups of lm-eval."""
+
+QUESTIONS_FROM = 4096
+"""Tokens from which on RULER's questions hold more than the documents that answer them."""
+
+EXTERNAL = {
+    "helmet": """# HELMET (MIT; its data sets have licences of their own)
+git clone https://github.com/princeton-nlp/HELMET && cd HELMET
+pip install -r requirements.txt && bash scripts/download_data.sh
+for task in recall rag longqa summ icl rerank cite; do
+  python eval.py --config configs/$task.yaml --model_name_or_path {merged} \\
+    --input_max_length {length} --output_dir output/longlora
+done  # a model without a chat template: --use_chat_template False""",
+    "nolima": """# NoLiMa (code and needles: Adobe Research License, no commercial use)
+git clone https://github.com/adobe-research/NoLiMa && cd NoLiMa
+pip install -r requirements.txt && bash data/download_NoLiMa_data.sh
+vllm serve {merged} --max-model-len {length} &
+cd evaluation  # name the served model in model_configs/, the lengths in run_config/
+bash run_tests.sh""",
+    "longbench-original": """# LongBench v2 by its authors (MIT)
+git clone https://github.com/THUDM/LongBench && cd LongBench
+pip install -r requirements.txt
+vllm serve {merged} --api-key token-abc123 --max-model-len {length} &
+# add "longlora": "{merged}" to config/model2path.json and its tokens to config/model2maxlen.json
+python pred.py --model longlora && python result.py""",
+}
+"""Benchmarks that are on no package registry → the commands for a merged model."""
+
+
+def makes_its_text(task: str) -> bool:
+    """Whether a task's text has the length that is asked for."""
+    return task in RULER or task.startswith("babilong")
+
+
+def metadata_for(task: str, length: int, tokenizer: str) -> dict[str, object]:
+    """What lm-eval's task is told about the length."""
+    if task.startswith("babilong"):
+        return {"max_seq_lengths": f"{length // 1024}k"}
+    return {"max_seq_lengths": [length], "pretrained": tokenizer}
