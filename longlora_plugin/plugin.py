@@ -59,6 +59,8 @@ class LongLoRAPlugin(BasePlugin):
                 merge_with(_merge)
             run = prepare_run(recipe, base).checked()
             _check_start(cfg, run)
+            if run.block.held_out and not (cfg.get("merge_lora") or cfg.get("inference")):
+                _check_held_out(recipe, run)
         except ValueError as error:
             raise RecipeError(str(error)) from error
         for key, value in {**run.updates, "longlora": CarriedRun(run)}.items():
@@ -305,6 +307,20 @@ def _check_start(cfg: Any, run: PreparedRun) -> None:
     for key, folder in folders.items():
         if folder and Path(str(folder)).is_dir():
             check_same_rope(str(folder), run, key)
+
+
+def _check_held_out(recipe: dict[str, Any], run: PreparedRun) -> None:
+    from longlora_plugin.evaluation.data import check_held_out
+
+    try:
+        check_held_out(
+            str(run.block.held_out),
+            run.target_context,
+            str(recipe.get("tokenizer_config") or recipe["base_model"]),
+            trust_remote_code=recipe.get("trust_remote_code") is True,
+        )
+    except ValueError as error:
+        raise ValueError(f"longlora.held_out: {error}") from error
 
 
 def _any_module_named(model: Any, targets: Any) -> bool:

@@ -54,7 +54,7 @@ ALLOWED = {
     "merge": "adapter artifacts checkpoints rope",
     "plan": "adapter args attention registry run",
     "plugin": "adapter args artifacts attention evaluation host merge registry rope run",
-    "recipes": "args attention hookspecs host plan registry run",
+    "recipes": "args attention evaluation hookspecs host plan registry run",
     "registry": "attention hookspecs",
     "rope": "hookspecs registry",
     "run": "args artifacts attention checkpoints registry rope",

@@ -119,17 +119,34 @@ def _first(text: str, tokens: NDArray[np.int32], count: int, tokenizer: Any) -> 
     return decoded
 
 
-def check_texts(data: str | Path) -> None:
-    """Refuse data that cannot be read, before a model loads; looks at the first document only.
+def check_held_out(
+    data: str | Path, length: int, tokenizer: str, *, trust_remote_code: bool = False
+) -> None:
+    """Refuse held-out text that cannot be read or is too short, before a model loads.
 
-    A dataset of the hub is not asked for.
+    Args:
+        length: tokens that one document must have.
+        tokenizer: folder or name; where it cannot be read, lengths are not checked.
 
     Raises:
         ValueError: says what is expected.
     """
-    path = Path(data).expanduser()
-    if path.exists() or _can_only_be_a_path(str(data)):
-        next(read_texts(data), None)
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        loaded = None
+    longest = -1
+    for text in read_texts(data, stream=True):
+        longest = max(longest, length if loaded is None else len(_tokens(text, loaded)))
+        if longest >= length:
+            return
+    if longest < 0:
+        raise ValueError(f"{data} holds no document; expected text, found none")
+    raise ValueError(
+        f"no document of {data} has {length} tokens, the longest has {longest}; give longer ones"
+    )
 
 
 def read_texts(

@@ -98,6 +98,7 @@ def check_recipe(
     report.problems += run.problems
     if asks_for_longlora(raw):
         _describe(raw, run, report)
+        _check_held_out(raw, run, report)
     schema_is_fine = _check_schema(raw, run, gpu or ASSUMED_GPU, gpus, report)
 
     recipe = Recipe(Path(path), raw, run.block if asks_for_longlora(raw) else None)
@@ -113,6 +114,20 @@ def check_recipe(
     report.problems = list(unique.values())
     report.notes = list(dict.fromkeys(report.notes))
     return report
+
+
+def _check_held_out(raw: dict[str, Any], run: PreparedRun, report: Report) -> None:
+    held_out = run.block.held_out
+    if not held_out:
+        return
+    from longlora_plugin.evaluation.data import check_held_out
+
+    try:
+        check_held_out(
+            held_out, run.target_context, str(raw.get("tokenizer_config") or raw.get("base_model"))
+        )
+    except ValueError as error:
+        report.problems.append(f"longlora.held_out: {error}")
 
 
 def capabilities_of(gpu: str, gpus: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longlora_plugin.args import LongLoRAConfig, parse_block
+from longlora_plugin.checkpoints.files import is_adapter
 from longlora_plugin.registry import find
 from longlora_plugin.rope import RopeSettings
 from longlora_plugin.run.axolotl_keys import (
@@ -72,6 +73,7 @@ def problems_of(
         checks.append(partial(find, "longlora_rope_presets", block.rope_preset, what="RoPE preset"))
     if recipe.get("adapter") == "longlora":
         checks.append(partial(_check_zero3, recipe))
+    checks.append(partial(_check_lm_eval, recipe))
     for check in checks:
         try:
             check()
@@ -130,6 +132,24 @@ def _check_zero3(recipe: Mapping[str, Any]) -> None:
             "model before DeepSpeed learns what auto means, and gets it in fp32. Write "
             '"enabled": true, as in examples/configs/deepspeed/zero3.json'
         )
+
+
+def _check_lm_eval(recipe: Mapping[str, Any]) -> None:
+    """Axolotl's lm-eval loads the output folder by name, without its adapter's RoPE."""
+    if not recipe.get("lm_eval_tasks"):
+        return
+    named = recipe.get("lm_eval_model")
+    # A merged or another whole model has its RoPE in its own config.
+    if not recipe.get("adapter") or (named and not is_adapter(Path(str(named)))):
+        return
+    tasks = recipe["lm_eval_tasks"]
+    names = [tasks] if isinstance(tasks, str) else [str(task).split(":")[0] for task in tasks]
+    raise ValueError(
+        "lm_eval_tasks: Axolotl hands the adapter's folder to lm-eval, which scores it with the "
+        "base model's RoPE or not at all. Remove lm_eval_tasks and, after training, run axolotl "
+        f"longlora bench RECIPE --tasks {','.join(names)}; or merge first, and write "
+        "lm_eval_model: <output_dir>/merged with lm_eval_post_train: false"
+    )
 
 
 def _check_attention(recipe: Mapping[str, Any]) -> None:

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from evaluation_models import write_tiny_llama
 
-from longlora_plugin.evaluation.data import check_texts, held_out_data, read_corpus, read_texts
+from longlora_plugin.evaluation.data import check_held_out, held_out_data, read_corpus, read_texts
 
 
 class OneTokenACharacter:
@@ -140,11 +141,21 @@ def test_home_folder_is_understood(folder, monkeypatch):
         list(read_texts("~/nothing"))
 
 
-def test_light_check_refuses_what_cannot_be_read_and_asks_no_hub(folder):
-    check_texts(folder)
-    check_texts("org/books")
-    with pytest.raises(ValueError, match="no file or folder"):
-        check_texts("missing.txt")
+def test_held_out_text_is_refused_before_a_model_loads(folder, tmp_path_factory):
+    base = write_tiny_llama(tmp_path_factory.mktemp("check") / "base")
+    (folder / "b.txt").write_text("rain fell on the roofs, " * 40)
+    check_held_out(folder, 64, str(base))
+    check_held_out(folder, 9999, "nobody/nothing")  # no tokenizer, no lengths
+    for data, length, message in [
+        ("missing.txt", 8, "no file or folder"),
+        ("~/missing", 8, "no file or folder"),
+        (folder, 9999, r"has 9999 tokens, the longest has \d+; give longer ones"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_held_out(data, length, str(base))
     (folder / "a.jsonl").write_text('{"body": "x"}')
     with pytest.raises(ValueError, match="no text in field 'text'"):
-        check_texts(folder / "a.jsonl")
+        check_held_out(folder / "a.jsonl", 8, str(base))
+    (folder / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="holds no document"):
+        check_held_out(folder / "empty.txt", 8, str(base))

@@ -157,6 +157,11 @@ def test_missing_sequence_len_is_axolotls_default():
             ["two answers", "longlora.rope: linear", "rope_parameters", "rope: none"],
         ),
         (recipe(sequence_len=262144), Gemma3Config(), ["multimodal", "rope: none"]),
+        (
+            recipe(lm_eval_tasks=["ruler", "arc_easy:5"]),
+            llama(),
+            ["lm_eval_tasks", "bench RECIPE --tasks ruler,arc_easy", "lm_eval_model"],
+        ),
     ],
 )
 def test_wrong_recipe_is_refused_with_what_to_write(raw, config, says):
@@ -173,3 +178,9 @@ def test_sliding_window_families_are_judged_on_the_built_model_only():
 @pytest.mark.parametrize("flag", ["flash_attention", "sdp_attention", "eager_attention"])
 def test_legacy_attention_flags_are_understood(flag):
     assert not prepare_run(recipe(**{flag: True}), llama()).problems
+
+
+def test_lm_eval_of_a_merged_model_and_of_a_full_fine_tune_is_accepted():
+    tasks = {"lm_eval_tasks": ["ruler"]}
+    prepare_run(recipe(**tasks, lm_eval_model="out/merged"), llama()).checked()
+    prepare_run(recipe(**tasks, adapter=None, longlora={}), llama()).checked()
