@@ -83,7 +83,6 @@ TOO_LONG = {
     "tests/attention/test_families.py",
     "tests/attention/test_works_with.py",
     "tests/benchmarks/test_longqa_score.py",
-    "tests/evaluation/test_command.py",
     "tests/plan/test_plan.py",
     "tests/support/families.py",
 }

@@ -62,7 +62,7 @@ class Output:
 
     def note(self, text: str) -> None:
         """Tell what a user should know, on standard error."""
-        self.errors.print(f"note: {text}", highlight=False, markup=False)
+        self.errors.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
 
     def write_json(self, content: Any, what: str = "figures") -> None:
         """Write a whole result to `--json`, if that was asked for."""

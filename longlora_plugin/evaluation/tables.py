@@ -134,7 +134,8 @@ def bench_tables(rows: Sequence[Row]) -> list[Table]:
         table.add_column("task")
         for length in lengths_of(group):
             table.add_column(str(length), justify="right")
-        for task in dict.fromkeys(row["task"] for row in group):
+        longest_first = sorted(group, key=lambda row: -row["length"])  # it has most tasks
+        for task in dict.fromkeys(row["task"] for row in longest_first):
             found = {row["length"]: row for row in group if row["task"] == task}
             cells = (found.get(length) for length in lengths_of(group))
             table.add_row(task, *("–" if row is None else _percent(row) for row in cells))

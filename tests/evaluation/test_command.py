@@ -10,33 +10,28 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from click.testing import CliRunner
-from evaluation_models import ORIGINAL, text_of, write_adapter, write_recipe, write_tiny_llama
+from evaluation_models import (
+    ORIGINAL,
+    TARGET,
+    YARN,
+    extended,
+    own_perplexity,
+    text_of,
+    write_adapter,
+    write_recipe,
+    write_tiny_llama,
+)
 from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import (
     AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
 )
 
 from longlora_plugin.cli import longlora
 from longlora_plugin.evaluation import lengths
 from longlora_plugin.evaluation.loading import ModelSource
-from longlora_plugin.evaluation.models import model_sources
-from longlora_plugin.run.recipe import read_recipe
-
-TARGET = 4 * ORIGINAL
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 500.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": ORIGINAL,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-}
 
 
 @pytest.fixture(scope="module")
@@ -68,31 +63,6 @@ def refused(*arguments):
     assert result.exit_code != 0
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return result.output
-
-
-def extended(base):
-    config = LlamaConfig.from_pretrained(base)
-    config.rope_parameters = YARN
-    config.max_position_embeddings = TARGET
-    return LlamaForCausalLM.from_pretrained(base, config=config).eval()
-
-
-def own_perplexity(model, ids, length, stride):
-    """The usual sliding-window loop, written with labels."""
-    losses, done = [], 0
-    for start in range(0, ids.shape[1], stride):
-        end = min(start + length, ids.shape[1])
-        labels = ids[:, start:end].clone()
-        labels[:, : max(0, done - start)] = -100
-        with torch.no_grad():
-            logits = model(input_ids=ids[:, start:end]).logits[0, :-1]
-        part = F.cross_entropy(logits, labels[0, 1:], reduction="none", ignore_index=-100)
-        losses += part[labels[0, 1:] != -100].tolist()
-        done = end
-        if end == ids.shape[1]:
-            break
-    assert len(losses) == ids.shape[1] - 1
-    return math.exp(np.mean(losses))
 
 
 def test_rows_of_three_models_equal_transformers_and_peft_in_a_loop(work, ids):
@@ -151,74 +121,6 @@ def test_score_all_equals_the_average_over_every_window(work, ids):
     (row,) = json.loads(out.read_text())
     assert row["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
     assert row["score"] == "all"
-
-
-def test_adapter_row_only_where_one_was_trained(work):
-    out = work / "untrained.json"
-    run(work / "untrained.yml", "--data", work / "data.txt", "--lengths", 64, "--json", out)
-    assert [row["model"] for row in json.loads(out.read_text())] == ["base", "base+rope"]
-    given = work / "given.json"
-    run(work / "untrained.yml", "--data", work / "data.txt", "--lengths", 64, "--json", given,
-        "--adapter", work / "out", "--model", "adapter")  # fmt: skip
-    assert [row["model"] for row in json.loads(given.read_text())] == ["adapter"]
-
-
-def test_rope_none_has_no_row_of_its_own(work, tmp_path):
-    recipe = write_recipe(
-        tmp_path / "r.yml", work / "base", work / "out", longlora={"rope": "none"}
-    )
-    labels = [source.label for source in model_sources(read_recipe(recipe))]
-    assert labels == ["base", "adapter"]
-
-
-def test_full_fine_tune_is_evaluated_as_trained_with_its_own_config(work, tmp_path):
-    output = tmp_path / "full"
-    extended(work / "base").save_pretrained(output)
-    recipe = write_recipe(tmp_path / "r.yml", work / "base", output, adapter=None)
-    base, rope, trained = model_sources(read_recipe(recipe))
-    assert (base.label, rope.label, trained.label) == ("base", "base+rope", "trained")
-    assert trained.rope == YARN
-    ids = torch.arange(3, 90)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(
-            trained.load("cpu", torch.float32).model(ids).logits,
-            rope.load("cpu", torch.float32).model(ids).logits,
-        )
-
-
-def test_merged_model_and_any_folder_can_be_named(work, tmp_path):
-    output = tmp_path / "out"
-    shutil.copytree(work / "out", output)
-    extended(work / "base").save_pretrained(output / "merged")
-    recipe = read_recipe(write_recipe(tmp_path / "r.yml", work / "base", output))
-    sources = model_sources(recipe, ["merged", f"mine={output}", f"other={work / 'base'}"])
-    assert [source.label for source in sources] == ["merged", "mine", "other"]
-    assert [source.adapter for source in sources] == [None, output, None]
-    assert sources[0].rope == sources[1].rope == YARN
-    assert sources[2].rope["rope_type"] == "default"
-
-
-def test_adapter_with_added_tokens_loads(work, tmp_path):
-    base = LlamaForCausalLM.from_pretrained(work / "base")
-    base.resize_token_embeddings(base.config.vocab_size + 3, mean_resizing=False)
-    base.save_pretrained(tmp_path / "larger")
-    write_adapter(tmp_path / "larger", tmp_path / "out")
-    recipe = write_recipe(tmp_path / "r.yml", work / "base", tmp_path / "out")
-    source = model_sources(read_recipe(recipe), ["adapter"])[0]
-    model = source.load("cpu", torch.float32).model
-    assert model.get_input_embeddings().weight.shape[0] == base.config.vocab_size
-
-
-def test_adapter_trained_with_another_rope_is_noted(work, tmp_path):
-    output = tmp_path / "out"
-    shutil.copytree(work / "out", output)
-    arguments = ["--data", work / "data.txt", "--lengths", 64, "--model", "adapter"]
-    recipe = write_recipe(tmp_path / "r.yml", work / "base", output)
-    (output / "config.json").write_text(json.dumps({"rope_parameters": YARN}))
-    assert "was trained with" not in run(recipe, *arguments).output
-    other = {**YARN, "rope_type": "linear"}
-    (output / "config.json").write_text(json.dumps({"rope_parameters": other}))
-    assert "adapter was trained with" in run(recipe, *arguments).output
 
 
 def test_second_run_keeps_rows_of_the_same_settings(work, monkeypatch):
@@ -380,57 +282,6 @@ def test_wrong_options_are_one_clear_error(work, options, message):
     assert "Traceback" not in output
 
 
-def test_one_name_for_two_models_is_refused_and_a_name_given_twice_is_one(work):
-    arguments = [work / "recipe.yml", "--data", work / "data.txt", "--lengths", 64]
-    message = refused(*arguments, "--model", f"base={work / 'out'}", "--model", "base")
-    assert "two models are called 'base'" in " ".join(message.split())
-    out = work / "twice.json"
-    run(*arguments, "--model", "base,adapter", "--model", "base", "--json", out)
-    assert [row["model"] for row in json.loads(out.read_text())] == ["base", "adapter"]
-
-
-@pytest.mark.parametrize("base", ["~/models/none", "nobody/nothing", "/nowhere/at/all"])
-def test_unreachable_base_model_is_one_clear_error(work, tmp_path, base):
-    recipe = write_recipe(tmp_path / "r.yml", base, work / "out")
-    for command in ("eval", "passkey"):
-        result = CliRunner().invoke(longlora, [command, str(recipe), "--lengths", "64"])
-        assert result.exit_code == 1
-        assert isinstance(result.exception, SystemExit)
-        assert f"base_model: cannot read the config of '{base}'" in result.output or (
-            "Axolotl does not expand ~" in result.output
-        )
-
-
-def test_cut_off_adapter_config_is_one_clear_error(work, tmp_path):
-    output = tmp_path / "out"
-    shutil.copytree(work / "out", output)
-    config = output / "adapter_config.json"
-    config.write_text(config.read_text()[:100])
-    recipe = write_recipe(tmp_path / "r.yml", work / "base", output)
-    message = refused(recipe, "--data", work / "data.txt", "--lengths", 64)
-    assert "adapter_config.json is not JSON" in " ".join(message.split())
-
-
-def test_reward_model_is_refused(work, tmp_path):
-    recipe = write_recipe(tmp_path / "r.yml", work / "base", work / "out", reward_model=True)
-    assert "trains a reward model" in " ".join(refused(recipe, "--lengths", 64).split())
-    config = LlamaConfig.from_pretrained(work / "base")
-    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "reward")
-    message = refused(work / "recipe.yml", "--data", work / "data.txt", "--lengths", 64,
-                      "--model", f"mine={tmp_path / 'reward'}")  # fmt: skip
-    assert "is no language model" in " ".join(message.split())
-
-
-def test_reward_adapter_is_refused(work, tmp_path):
-    output = tmp_path / "out"
-    shutil.copytree(work / "out", output)
-    config = output / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "task_type": "SEQ_CLS"}))
-    recipe = write_recipe(tmp_path / "r.yml", work / "base", output)
-    message = refused(recipe, "--data", work / "data.txt", "--lengths", 64)
-    assert "is no language model (SEQ_CLS)" in " ".join(message.split())
-
-
 def test_held_out_of_the_recipe_is_the_default_data(work, tmp_path):
     recipe = write_recipe(
         tmp_path / "r.yml",
@@ -455,61 +306,6 @@ def test_device_as_json_file_stays_a_device(work):
     run(work / "recipe.yml", "--data", work / "data.txt", "--lengths", 64, "--model", "base",
         "--json", "/dev/null")  # fmt: skip
     assert not os.path.isfile("/dev/null")
-
-
-@pytest.fixture(scope="module")
-def with_added_tokens(work, tmp_path_factory):
-    """A run that added tokens for words of the text, and saved its tokenizer as Axolotl does."""
-    folder = tmp_path_factory.mktemp("added")
-    tokenizer = AutoTokenizer.from_pretrained(work / "base")
-    tokenizer.add_tokens(["boats", "bells", "under"])
-    base = LlamaForCausalLM.from_pretrained(work / "base")
-    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    base.save_pretrained(folder / "larger")
-    write_adapter(folder / "larger", folder / "out")
-    tokenizer.save_pretrained(folder / "out")
-    write_recipe(folder / "r.yml", work / "base", folder / "out")
-    return folder
-
-
-def test_tokens_that_the_run_added_are_read_as_one_by_its_adapter(work, with_added_tokens):
-    folder = with_added_tokens
-    out = folder / "rows.json"
-    result = run(folder / "r.yml", "--data", work / "data.txt", "--lengths", 64, "--json", out)
-    rows = {row["model"]: row for row in json.loads(out.read_text())}
-    text = (work / "data.txt").read_text()
-    models = {
-        "base": (work / "base", LlamaForCausalLM.from_pretrained(work / "base").eval()),
-        "adapter": (
-            folder / "out",
-            PeftModel.from_pretrained(extended(folder / "larger"), folder / "out").eval(),
-        ),
-    }
-    for name, (tokenizer, model) in models.items():
-        ids = torch.tensor([AutoTokenizer.from_pretrained(tokenizer)(text)["input_ids"]])
-        nats = math.log(own_perplexity(model, ids, 64, 32)) * (ids.shape[1] - 1)
-        assert rows[name]["tokens"] == ids.shape[1] - 1
-        assert rows[name]["nll_per_character"] == pytest.approx(nats / len(text), rel=1e-4)
-        bits = nats / math.log(2) / len(text.encode())
-        assert rows[name]["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
-        assert f"{bits:.4f}" in result.output
-    assert rows["adapter"]["tokens"] != rows["base"]["tokens"]
-    assert "Bits per byte" in result.output
-
-
-def test_token_file_of_two_tokenizers_is_refused(work, with_added_tokens):
-    message = refused(with_added_tokens / "r.yml", "--data", work / "data.txt", "--lengths", 64,
-                      "--tokens", with_added_tokens / "t.safetensors")  # fmt: skip
-    assert "the models have different tokenizers" in " ".join(message.split())
-
-
-def test_tokenizer_with_more_tokens_than_embeddings_is_refused(work, with_added_tokens, tmp_path):
-    output = tmp_path / "out"
-    shutil.copytree(work / "out", output)
-    AutoTokenizer.from_pretrained(with_added_tokens / "out").save_pretrained(output)
-    recipe = write_recipe(tmp_path / "r.yml", work / "base", output)
-    message = refused(recipe, "--data", work / "data.txt", "--lengths", 64)
-    assert "the tokenizer is not the model's" in " ".join(message.split())
 
 
 def test_no_data_is_refused_and_test_datasets_are_the_default(work, tmp_path):

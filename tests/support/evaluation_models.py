@@ -11,14 +11,31 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import tiny
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 ORIGINAL = 64
 """Context of the tiny Llama."""
+TARGET = 4 * ORIGINAL
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": ORIGINAL,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
 
 
 class Known(nn.Module):
@@ -124,7 +141,6 @@ def write_tiny_llama(folder: Path) -> Path:
 def write_adapter(base: Path, folder: Path) -> Path:
     """A PEFT adapter with changed LoRA weights, embeddings and norms."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM
 
     torch.manual_seed(1)
     model = get_peft_model(
@@ -148,3 +164,29 @@ def write_recipe(path: Path, base: Path, output: Path, **keys: object) -> Path:
     """A recipe that extends the tiny Llama to four times its context."""
     extends = {"sequence_len": 4 * ORIGINAL, "longlora": {"rope": "yarn"}}
     return tiny.write_recipe(path, base, output, {**extends, **keys})
+
+
+def extended(base: Path) -> LlamaForCausalLM:
+    """The tiny Llama with YaRN, four times its context."""
+    config = LlamaConfig.from_pretrained(base)
+    config.rope_parameters = YARN
+    config.max_position_embeddings = TARGET
+    return LlamaForCausalLM.from_pretrained(base, config=config).eval()
+
+
+def own_perplexity(model: nn.Module, ids: Tensor, length: int, stride: int) -> float:
+    """The usual sliding-window loop, written with labels."""
+    losses, done = [], 0
+    for start in range(0, ids.shape[1], stride):
+        end = min(start + length, ids.shape[1])
+        labels = ids[:, start:end].clone()
+        labels[:, : max(0, done - start)] = -100
+        with torch.no_grad():
+            logits = model(input_ids=ids[:, start:end]).logits[0, :-1]
+        part = F.cross_entropy(logits, labels[0, 1:], reduction="none", ignore_index=-100)
+        losses += part[labels[0, 1:] != -100].tolist()
+        done = end
+        if end == ids.shape[1]:
+            break
+    assert len(losses) == ids.shape[1] - 1
+    return math.exp(np.mean(losses))
