@@ -37,14 +37,13 @@ def command(options: PerplexityOptions, choice: ModelChoice, files: Files, recip
     run = Measuring.start(recipe, choice, files)
     options = dataclasses.replace(options, lengths=options.lengths or run.default_lengths())
     contexts = Contexts(run.base_context, run.recipe.sequence_len)
-    experiment = PerplexityByLength(
-        _corpora(run, options), options, contexts, run.processes, run.out.note
-    )
+    corpora = _corpora(run, options)
+    experiment = PerplexityByLength(corpora, options, contexts, run.processes, run.out.note)
     rows = run.sweep(experiment)
     if not run.processes.main:
         return
     run.out.table(tables.length_table(rows))
-    if not run.has_one_tokenizer:
+    if len({corpus.digest for corpus in corpora.values()}) > 1:
         run.out.table(tables.byte_table(rows))
     run.out.table(tables.bucket_table(rows))
     if run.out.plot:

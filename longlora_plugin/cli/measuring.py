@@ -80,10 +80,6 @@ class Measuring:
             )
         return found
 
-    @property
-    def has_one_tokenizer(self) -> bool:
-        return len({id(tokenizer) for tokenizer in self.tokenizers.values()}) == 1
-
     def default_lengths(self) -> tuple[int, ...]:
         """The base model's context, its doublings, and the recipe's sequence_len."""
         from longlora_plugin.evaluation.windows import default_lengths

@@ -37,6 +37,7 @@ from longlora_plugin.evaluation.suites import (
     RULER_OFFLINE,
     RULER_QUESTIONS,
     SUITES,
+    has_length,
     makes_its_text,
     metadata_for,
 )
@@ -82,6 +83,8 @@ class Bench(Experiment):
                 "the documents that answer them fits"
             )
         for task in self.tasks:
+            if missing := [length for length in self.lengths if not has_length(task, length)]:
+                note(f"{task} has lengths of 1k, 2k, 4k, …: no rows at {missing}")
             if task not in RULER_OFFLINE:
                 self._check_data(task)
 
@@ -131,7 +134,7 @@ class Bench(Experiment):
             {"task": task, "length": length}
             for length in self.lengths
             for task in self.tasks
-            if makes_its_text(task) or length == self.lengths[-1]
+            if has_length(task, length) and (makes_its_text(task) or length == self.lengths[-1])
         ]
 
     def settings(self, source: ModelSource, cell: Cell) -> dict[str, Any]:

@@ -60,6 +60,11 @@ def makes_its_text(task: str) -> bool:
     return task in RULER or task.startswith("babilong")
 
 
+def has_length(task: str, length: int) -> bool:
+    """Whether a task has texts of this length; BABILong has a data set for each power of two."""
+    return not task.startswith("babilong") or (length >= 1024 and length.bit_count() == 1)
+
+
 def metadata_for(task: str, length: int, tokenizer: str) -> dict[str, object]:
     """What lm-eval's task is told about the length."""
     if task.startswith("babilong"):

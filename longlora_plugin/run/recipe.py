@@ -41,7 +41,13 @@ class Recipe:
 
     @property
     def sequence_len(self) -> int:
-        return int(self.raw.get("sequence_len") or AXOLOTL_SEQUENCE_LEN)
+        given = self.raw.get("sequence_len") or AXOLOTL_SEQUENCE_LEN
+        try:
+            return int(given)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(
+                f"sequence_len: got {given!r}; write a whole number of tokens, such as 32768"
+            ) from None
 
     @property
     def output_dir(self) -> Path:

@@ -147,6 +147,13 @@ def test_unreachable_base_model_is_one_clear_error(work, tmp_path, base):
         )
 
 
+def test_length_that_is_no_number_is_one_clear_error(work, tmp_path):
+    recipe = tmp_path / "r.yml"
+    for given in (".inf", ".nan", "long"):
+        recipe.write_text(f"base_model: {work / 'base'}\nsequence_len: {given}\n")
+        assert "write a whole number of tokens" in " ".join(refused(recipe).split())
+
+
 def test_cut_off_adapter_config_is_one_clear_error(work, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(work / "out", output)
