@@ -126,7 +126,7 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
     given = recipe.get("sequence_len") or AXOLOTL_SEQUENCE_LEN
     try:
         sequence_len = int(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         problems.append(f"sequence_len: got {given!r}; write a whole number of tokens, as in 32768")
         sequence_len = 0
     rope: RopeSettings | None = None
