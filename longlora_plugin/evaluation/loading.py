@@ -188,7 +188,7 @@ def _tokenizer(name: str, trust_remote_code: bool) -> Any:
 def _match_vocabulary(model: Any, adapter: Path) -> None:
     """Give the base as many embedding rows as the adapter's trained copy has, if it has one.
 
-    Training with new special tokens enlarges the embedding; stock PEFT then refuses the base.
+    Training with new special tokens enlarges the embedding; PEFT then refuses the base.
     """
     from peft.utils.save_and_load import load_peft_weights
 

@@ -60,7 +60,7 @@ class Trial:
         prompt: token ids, ending right before the answer.
         number: the right answer, digits.
         answer: its token ids.
-        depth: share of the filler that stands before the needle.
+        depth: share of the filler before the needle.
     """
 
     prompt: list[int]

@@ -94,9 +94,9 @@ def test_logged_figures_equal_full_attention_perplexity_by_position(base, window
     train(model, tmp_path, [callback(windows, logged)], steps=2)
     measured = [figures for figures in logged if "long_context/perplexity" in figures]
     assert len(measured) == 1
-    stock = extended(base)
-    stock.load_state_dict(model.state_dict())
-    losses = own_losses(stock, windows)
+    plain = extended(base)
+    plain.load_state_dict(model.state_dict())
+    losses = own_losses(plain, windows)
     expected = {"long_context/perplexity": losses.mean().exp().item()}
     for low in range(0, LENGTH, ORIGINAL):
         name = f"long_context/perplexity_{low}-{low + ORIGINAL}"

@@ -186,14 +186,14 @@ def test_killed_run_keeps_its_finished_rows(work, monkeypatch):
     out = work / "killed.json"
     arguments = [work / "recipe.yml", "--data", work / "data.txt", "--lengths", "64,128",
                  "--json", out]  # fmt: skip
-    stock = lengths.score_documents
+    score = lengths.score_documents
     calls = []
 
     def dies_at_the_fourth(*args, **options):
         calls.append(options["length"])
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return stock(*args, **options)
+        return score(*args, **options)
 
     monkeypatch.setattr(lengths, "score_documents", dies_at_the_fourth)
     assert CliRunner().invoke(longlora, ["eval", *map(str, arguments)]).exit_code != 0
