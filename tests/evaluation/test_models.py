@@ -240,14 +240,22 @@ def test_tokenizer_with_more_tokens_than_embeddings_is_refused(work, with_added_
 
 
 def test_quantized_base_of_the_recipe_is_loaded_quantized(work, tmp_path):
-    recipe = write_recipe(tmp_path / "r.yml", work / "base", work / "out", load_in_4bit=True)
+    torch.manual_seed(0)
+    wide = LlamaConfig.from_pretrained(work / "base", hidden_size=64, intermediate_size=64)
+    wide.head_dim = 16
+    LlamaForCausalLM(wide).save_pretrained(tmp_path / "base")  # a block of NF4 has 64 values
+    AutoTokenizer.from_pretrained(work / "base").save_pretrained(tmp_path / "base")
+    write_adapter(tmp_path / "base", tmp_path / "out")
+    recipe = write_recipe(
+        tmp_path / "r.yml", tmp_path / "base", tmp_path / "out", load_in_4bit=True
+    )
     ids = torch.arange(3, 60)[None]
     adapter = model_sources(read_recipe(recipe), ["adapter"])[0]
     loaded = adapter.load("cpu", torch.float32)
-    config = LlamaConfig.from_pretrained(work / "base")
+    config = LlamaConfig.from_pretrained(tmp_path / "base")
     config.rope_parameters, config.max_position_embeddings = YARN, TARGET
     reference = LlamaForCausalLM.from_pretrained(
-        work / "base",
+        tmp_path / "base",
         config=config,
         dtype=torch.float32,
         device_map={"": "cpu"},
@@ -258,7 +266,7 @@ def test_quantized_base_of_the_recipe_is_loaded_quantized(work, tmp_path):
             bnb_4bit_compute_dtype=torch.float32,
         ),
     )
-    reference = PeftModel.from_pretrained(reference, work / "out").eval()
+    reference = PeftModel.from_pretrained(reference, tmp_path / "out").eval()
     whole = model_sources(read_recipe(recipe), ["adapter"], unquantized=True)[0]
     with torch.no_grad():
         expected, found = reference(ids).logits, loaded.model(ids).logits
