@@ -16,6 +16,8 @@ from longlora_plugin.evaluation.sweep import NotMeasurable
 
 ROOM = {"niah": 128, "ruler_cwe": 120, "ruler_vt": 30}
 """Tokens that the generators leave for the answer."""
+FEWEST_FOR_FWE = 200
+"""fwe draws from a word for every 50 tokens, and asks for the second to the fourth."""
 EXAMPLE = 500
 """Tokens of the example that vt puts before its text, at most."""
 
@@ -25,6 +27,11 @@ class FittingTokenizer:
 
     def __init__(self, tokenizer: Any, task: str, length: int) -> None:
         self._tokenizer, self._task, self._length = tokenizer, task, length
+        if task == "ruler_fwe" and length < FEWEST_FOR_FWE:
+            raise NotMeasurable(
+                f"{task} at {length}: no row, it has no three words to ask for below "
+                f"{FEWEST_FOR_FWE} tokens; give a longer length"
+            )
         room = next((n for name, n in ROOM.items() if task.startswith(name)), None)
         self._limit: int | None = None
         if room is not None:
