@@ -127,7 +127,8 @@ longlora:
   rope: {preset: yarn, factor: 8}
 ```
 
-Every preset but `none` also takes `replace: true`, which drops the base model's own scaling and
+`auto` is the default: the log and `axolotl longlora recipes check` say what it chose and why. Every
+preset but `none` also takes `replace: true`, which drops the base model's own scaling and
 starts from its original context. A base that supports `sequence_len` already is left alone. What a
 preset writes is in the config before the model is built, in the run's `config.json`, and in the
 merged model's. Each example extends Llama-2-7B from 4096 to 32768 tokens.

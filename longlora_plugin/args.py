@@ -48,17 +48,19 @@ class LongLoRAConfig(BaseModel):
         default=0, ge=0, description="Documents of up to this many tokens use full attention."
     )
     full_attention_steps: float = Field(
-        default=0,
+        default=0.1,
         ge=0,
-        description="Last steps trained with full attention: a share below 1, or a number.",
+        description="Last steps trained with full attention: a share below 1, or a number "
+        "(the paper: 0).",
     )
     trainable: list[str] = Field(
         default=["embeddings", "norms"],
         description="Kinds of modules trained in addition to LoRA, with `adapter: longlora` only.",
     )
     rope: str | dict[str, Any] = Field(
-        default="linear",
-        description="RoPE preset: a name, a mapping `{preset: yarn, factor: 8}`, or `none`.",
+        default="auto",
+        description="RoPE preset: a name, a mapping `{preset: yarn, factor: 8}`, or `none` "
+        "(the paper: `linear`).",
     )
     original_context: int | None = Field(
         default=None, ge=1, description="Context of the base model; default: what its config says."

@@ -74,7 +74,9 @@ class LongLoRAPlugin(BasePlugin):
             return
         if run.rope_fields:
             log.info(
-                "LongLoRA RoPE: %s → %s, context %d → %d",
+                "LongLoRA RoPE: %s%s, %s → %s, context %d → %d",
+                run.rope.preset,
+                f" (auto: {run.rope.chosen_by_auto})" if run.rope.chosen_by_auto else "",
                 run.rope_before,
                 run.rope.rope_parameters,
                 run.base_context,

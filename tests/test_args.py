@@ -15,9 +15,9 @@ def test_empty_block_has_the_contracts_defaults():
     assert block.shifted_attention is True
     assert block.group_size_for(32768) == 8192
     assert block.full_attention_below == 0
-    assert block.full_attention_steps_of(1000) == 0
+    assert block.full_attention_steps_of(1000) == 100
     assert block.trainable == ["embeddings", "norms"]
-    assert block.rope_preset == "linear"
+    assert block.rope_preset == "auto"
     assert block.original_context is None
 
 

@@ -191,6 +191,8 @@ def _facts(resolved: dict[str, Any]) -> list[str]:
     scaling = rope.get("rope_type", "for each layer type")
     if "factor" in rope:
         scaling += f" × {rope['factor']:g}"
+    if resolved["rope_reason"]:
+        scaling += f" (auto: {resolved['rope_reason']})"
     group = resolved["group_size"]
     return [
         f"adapter {resolved['adapter'] or 'none (full fine-tune)'}",

@@ -173,8 +173,18 @@ class LongContextCallback(TrainerCallback):
                 f"longlora: step {state.global_step}: perplexity at {self.base_context} "
                 f"tokens is {now:.2f}, {now / base - 1:.0%} above the base model's {base:.2f} "
                 f"(more than {self.tolerance:.0%}): the model is losing what it could do at its "
-                "own context. Train longer, lower the learning rate, or try rope: yarn"
+                f"own context. {self._advice(model)}"
             )
+
+    @staticmethod
+    def _advice(model: Any) -> str:
+        from longlora_plugin.rope import rope_parameters_of
+
+        parameters = rope_parameters_of(model.config)
+        layers = [layer for layer in parameters.values() if isinstance(layer, dict)] or [parameters]
+        if any(layer.get("rope_type") in ("linear", "dynamic") for layer in layers):
+            return "Train longer, lower the learning rate, or try rope: yarn"
+        return "Train longer, or lower the learning rate"
 
     def _near_original(self, losses: np.ndarray) -> float:
         """Perplexity of the second half of the base model's context."""

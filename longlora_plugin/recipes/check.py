@@ -239,6 +239,8 @@ def _describe(raw: Mapping[str, Any], run: PreparedRun, report: Report) -> None:
             "group_size": run.group_size,
             "base_context": run.base_context,
             "target_context": run.target_context,
+            "rope_preset": run.rope.preset,
+            "rope_reason": run.rope.chosen_by_auto,
             "rope_parameters": run.rope.rope_parameters,
         }
     if run.group_size and run.full_attention_below >= run.target_context:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 STORES_ORIGINAL = ("yarn", "llama3", "longrope")
 """Types whose parameters hold the original context."""
 
-MAXIMUM_IS_SCALED = ("linear", "proportional")
-"""Types where the config's maximum is taken as the scaled one, as this package writes it.
+LINEAR_TYPES = ("linear", "proportional")
+"""Types whose parameters do not say whether the config's maximum is the scaled or the unscaled one.
 
-Some old configs (LongChat, the original LongLoRA models) kept the unscaled maximum beside a linear
-factor; nothing tells the two apart, so a recipe for those says `original_context`.
+This package and Gemma 3 write the scaled one; the original LongLoRA models and Vicuna kept the
+unscaled one. `linear_maximum_of` tells them apart.
 """
+
+PRETRAINING_CONTEXTS = {1e4: (2048, 4096), 5e5: (8192,), 1e6: (32768,)}
+"""θ → contexts that models with it were pretrained on: LLaMA 1 and 2; Llama 3; Qwen2, Mistral."""
 
 EXTENDED_LAYERS = "full_attention"
 """The layer type that is extended where types differ (Gemma 3): a sliding window never grows."""
@@ -94,7 +98,7 @@ def contexts_of(base_config: Any, given: int | None = None) -> tuple[int, int]:
             "the base model's config has no max_position_embeddings; write original_context: "
             "<tokens the base was trained on>"
         )
-    elif rope_type in MAXIMUM_IS_SCALED:
+    elif rope_type in LINEAR_TYPES and linear_maximum_of(layer, maximum) != "unscaled":
         original, scaled = round(maximum / factor), maximum
     else:
         original, scaled = maximum, round(maximum * factor)
@@ -104,6 +108,40 @@ def contexts_of(base_config: Any, given: int | None = None) -> tuple[int, int]:
         # Here the factor is not the ratio of the two: Llama 3.1 has 8 for 16 times, Llama 3.2 32.
         return original, maximum
     return original, scaled
+
+
+def linear_maximum_of(layer: Mapping[str, Any], maximum: int) -> str:
+    """Whether the maximum beside a linear factor is the "scaled" or "unscaled" one, or "unclear".
+
+    A maximum of 4096 with a factor of 8 cannot be the scaled one: no Llama was pretrained on 512
+    tokens. With a factor of 2 it is LLaMA 1 extended, or Llama 2 whose maximum was left alone.
+    """
+    contexts = PRETRAINING_CONTEXTS.get(float(layer["rope_theta"]), ())
+    if maximum not in contexts:
+        return "scaled"
+    factor = float(layer.get("factor") or 1.0)
+    extended = any(math.ceil(maximum / context) == factor for context in contexts)
+    return "unclear" if extended else "unscaled"
+
+
+def refuse_linear_of_unclear_maximum(base: Any) -> None:
+    """Stop where both readings of a linear base's maximum are likely.
+
+    Raises:
+        ValueError: names both readings and what to write for each.
+    """
+    config = text_config_of(base)
+    layer, maximum = extended_layer(rope_parameters_of(config))[1], maximum_of(config)
+    if layer.get("rope_type") not in LINEAR_TYPES or maximum is None:
+        return
+    if linear_maximum_of(layer, maximum) == "unclear":
+        factor = float(layer["factor"])
+        raise ValueError(
+            f"the base model has max_position_embeddings {maximum} and linear RoPE × {factor:g}, "
+            f"which reads two ways: {round(maximum / factor)} tokens extended to {maximum} (write "
+            f"original_context: {round(maximum / factor)}), or {maximum} extended to "
+            f"{round(maximum * factor)} (write original_context: {maximum})"
+        )
 
 
 def text_config_of(base: Any) -> Any:

@@ -92,6 +92,32 @@ class RopeRequest:
         return max(self.least_factor, self.target_context / self.pretrained_context)
 
 
+UNSCALED_CHOICES = ("yarn", "ntk", "linear")
+"""What `auto` tries on an unscaled base, best first."""
+
+
+def own_preset(request: RopeRequest) -> str:
+    """The preset that extends the base model's own scaling; `auto`'s first for an unscaled one."""
+    names = {"default": UNSCALED_CHOICES[0], "proportional": "linear"}
+    return names.get(request.rope_type, request.rope_type)
+
+
+def auto(request: RopeRequest) -> dict[str, Any]:
+    """YaRN for a base that is not scaled; one that is has its own scaling extended.
+
+    A family that does not take YaRN gets `ntk`. The log, `recipes check` and `longlora.json` say
+    what was chosen and why.
+    """
+    _only(request)
+    chosen = own_preset(request)
+    if chosen not in PRESETS:
+        raise ValueError(
+            f"rope: auto cannot extend the base model's own scaling ({request.rope_type}); write "
+            "rope: {preset: yarn, replace: true} to drop it"
+        )
+    return PRESETS[chosen](request)
+
+
 def linear(request: RopeRequest) -> dict[str, Any]:
     """Position interpolation: every frequency divided by ⌈target / original⌉ (arXiv 2306.15595)."""
     _only(request, "factor")
@@ -105,6 +131,7 @@ def dynamic(request: RopeRequest) -> dict[str, Any]:
     """NTK-aware scaling that grows with each sequence longer than `max_position_embeddings`."""
     _only(request, "factor")
     _refuse_other_scaling(request, "dynamic")
+    _more_than_one_pair(request)
     factor = _factor(request, request.usual_factor)
     return {**request.kept, "rope_type": "dynamic", "factor": factor}
 
@@ -116,11 +143,7 @@ def ntk(request: RopeRequest) -> dict[str, Any]:
     """
     _only(request, "factor")
     _refuse_other_scaling(request, "linear", "llama3", "yarn")
-    if request.rotary_dim <= 2:
-        raise ValueError(
-            f"rope: ntk needs more than 2 rotary dimensions, the base model has "
-            f"{request.rotary_dim}; write rope: linear"
-        )
+    _more_than_one_pair(request)
     stretch = _factor(request, request.stretch, least=request.stretch)
     exponent = request.rotary_dim / (request.rotary_dim - 2)
     return {**request.base, "rope_theta": request.theta * stretch**exponent}
@@ -241,6 +264,7 @@ def none(request: RopeRequest) -> dict[str, Any]:
 
 
 PRESETS: dict[str, Callable[[RopeRequest], dict[str, Any]]] = {
+    "auto": auto,
     "linear": linear,
     "pi": linear,
     "dynamic": dynamic,
@@ -267,10 +291,18 @@ def _only(request: RopeRequest, *allowed: str) -> None:
             hint = f"did you mean {near[0]!r}? " if near else ""
             if name == "original_max_position_embeddings":
                 hint = "write original_context: <tokens> beside rope: instead. "
+            valid = ", ".join((*allowed, "replace")) if request.preset != "none" else "none at all"
             raise ValueError(
-                f"rope: {request.preset} has no option {name!r}; {hint}"
-                f"Options: {', '.join((*allowed, 'replace')) if allowed else 'none at all'}"
+                f"rope: {request.preset} has no option {name!r}; {hint}Options: {valid}"
             )
+
+
+def _more_than_one_pair(request: RopeRequest) -> None:
+    if request.rotary_dim <= 2:
+        raise ValueError(
+            f"rope: {request.preset} needs more than 2 rotary dimensions, the base model has "
+            f"{request.rotary_dim}; write rope: linear"
+        )
 
 
 def _refuse_other_scaling(request: RopeRequest, *extendable: str) -> None:

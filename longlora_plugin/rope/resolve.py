@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,20 @@ from longlora_plugin.rope.base_config import (
     contexts_of,
     extended_layer,
     maximum_of,
+    refuse_linear_of_unclear_maximum,
     rope_parameters_of,
     rotary_dim_of,
     text_config_of,
     why_no_rope,
 )
-from longlora_plugin.rope.presets import SCALING_KEYS, RopeRequest
+from longlora_plugin.rope.layers import why_not_extendable
+from longlora_plugin.rope.presets import (
+    PRESETS,
+    SCALING_KEYS,
+    UNSCALED_CHOICES,
+    RopeRequest,
+    own_preset,
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ class RopeSettings:
     """What to write into the config before the model is built.
 
     Attributes:
-        preset: the preset's name.
+        preset: the preset's name; what `auto` chose where it was asked.
         rope_parameters: complete; plain JSON types. Nested by layer type where the base's are.
         max_position_embeddings: the target, except that `dynamic` keeps the original context (it
             starts to scale above this field), and that a base which supports more keeps its own.
@@ -34,8 +43,10 @@ class RopeSettings:
         factor: the scaling factor written, or target / supported context where only θ changes;
             1.0 where nothing is extended.
         extended: whether `rope_parameters` differ from the base model's.
-        config_fields: every field that `apply_rope` sets, by name; for Phi-3 one more than the two
-            above. Empty for `none`.
+        config_fields: every field that `apply_rope` sets, by name: the two above and, where
+            transformers needs them, Phi-3's original context and Mixtral's `head_dim`. Empty for
+            `none`.
+        chosen_by_auto: why `auto` chose `preset`; None where the recipe names a preset.
     """
 
     preset: str
@@ -46,6 +57,7 @@ class RopeSettings:
     factor: float
     extended: bool
     config_fields: dict[str, Any]
+    chosen_by_auto: str | None = None
 
 
 def resolve_rope(
@@ -73,7 +85,7 @@ def resolve_rope(
         ValueError: a wrong preset, option or target; a base model without RoPE; a scaling of the
             base that the preset cannot extend; a model type that does not take the result.
     """
-    function = registry.find("longlora_rope_presets", str(preset), what="RoPE preset")
+    registry.find("longlora_rope_presets", str(preset), what="RoPE preset")
     target = _tokens("sequence_len", target_context)
     if original_context is not None:
         original_context = _tokens("original_context", original_context)
@@ -106,17 +118,74 @@ def resolve_rope(
         options=dict(options),
         layer_type=layer_type,
     )
-    after = layer
-    if options or (request.stretch > 1 and preset != "none"):
+    restart = replace or original_context is not None
+    if original_context is None and (replace or request.stretch > 1) and preset != "none":
+        refuse_linear_of_unclear_maximum(config)
+    if preset == "auto":
+        return _auto(
+            request, config, before, restart, unchanged=request.stretch == 1 and not replace
+        )
+    return _extend(request, config, before, restart)
+
+
+def _auto(
+    request: RopeRequest, config: Any, before: dict[str, Any], restart: bool, unchanged: bool
+) -> RopeSettings:
+    """The first of `auto`'s choices that the model type takes."""
+    if request.options or not unchanged:
+        PRESETS["auto"](request)  # refuses options
+        why = why_not_extendable(config, request.rope_type)
+        if why:
+            raise ValueError(f"rope: auto: base model type {config.model_type!r} {why}")
+    if unchanged:
+        reason = f"the base model handles {request.base_context} tokens as it is"
+        settings = _extend(_renamed(request, "none"), config, before, restart)
+        return dataclasses.replace(settings, chosen_by_auto=reason)
+    if request.rope_type != "default":
+        reason = f"extends the base model's own {request.rope_type} scaling"
+        settings = _extend(_renamed(request, own_preset(request)), config, before, restart)
+        return dataclasses.replace(settings, chosen_by_auto=reason)
+    reason = "the base model's RoPE is not scaled"
+    model_type = getattr(config, "model_type", None) or "its type"
+    refused: ValueError | None = None
+    for name in UNSCALED_CHOICES:
+        try:
+            settings = _extend(_renamed(request, name), config, before, restart)
+        except ValueError as error:
+            refused = refused or error
+            continue
+        if refused:
+            reason += f", and {model_type} does not take {UNSCALED_CHOICES[0]}"
+        return dataclasses.replace(settings, chosen_by_auto=reason)
+    assert refused is not None
+    raise refused
+
+
+def _renamed(request: RopeRequest, preset: str) -> RopeRequest:
+    return dataclasses.replace(request, preset=preset)
+
+
+def _extend(
+    request: RopeRequest, config: Any, before: dict[str, Any], restart: bool
+) -> RopeSettings:
+    """What the request's preset makes of the base model, checked against its model type."""
+    function = registry.find("longlora_rope_presets", request.preset, what="RoPE preset")
+    layer = after = request.base
+    if request.options or (request.stretch > 1 and request.preset != "none"):
         after = _checked(request, function(copy.deepcopy(request)))
-    settings = _settings(request, config, before, after, replace or original_context is not None)
-    if settings.extended:
-        _check_model_type_takes(config, settings)
-        if getattr(config, "layer_rope_theta", None) and after["rope_theta"] != layer["rope_theta"]:
-            raise ValueError(
-                f"rope: {preset} changes rope_theta, which base model type {config.model_type!r} "
-                "does not read (it has layer_rope_theta); write rope: linear or rope: yarn"
-            )
+    settings = _settings(request, config, before, after, restart)
+    if not settings.extended:
+        return settings
+    model_type = getattr(config, "model_type", None) or "(unnamed)"
+    why = why_not_extendable(config, after["rope_type"])
+    if why:
+        raise ValueError(f"rope: {request.preset}: base model type {model_type!r} {why}")
+    _check_model_type_takes(config, settings)
+    if getattr(config, "layer_rope_theta", None) and after["rope_theta"] != layer["rope_theta"]:
+        raise ValueError(
+            f"rope: {request.preset} changes rope_theta, which base model type {model_type!r} "
+            "does not read (it has layer_rope_theta); write rope: linear or rope: yarn"
+        )
     return settings
 
 
@@ -151,6 +220,9 @@ def _settings(
     if outside in after and getattr(config, outside, None) is not None:
         # Phi-3's field outside rope_parameters overrides the one inside it.
         fields[outside] = after[outside]
+    if fields and vars(config).get("head_dim", 0) is None and getattr(config, "hidden_size", None):
+        # For yarn, dynamic and longrope transformers reads a head_dim that is there but None.
+        fields["head_dim"] = config.hidden_size // config.num_attention_heads
     return RopeSettings(
         preset=request.preset,
         rope_parameters=parameters,
@@ -184,6 +256,13 @@ def _check_model_type_takes(config: Any, settings: RopeSettings) -> None:
     """
     if not hasattr(config, "from_dict"):
         return  # a mapping or object of no known model type: there is no class to ask
+    try:
+        type(config).from_dict(copy.deepcopy(config).to_dict())
+    except Exception as error:
+        raise ValueError(
+            f"rope: {settings.preset}: transformers cannot read back the config.json that it "
+            f"writes for base model type {config.model_type!r} ({error}); write rope: none"
+        ) from error
     trial = copy.deepcopy(config)
     apply_rope(trial, settings)
     why = "its config class reads them as something else"
@@ -192,9 +271,10 @@ def _check_model_type_takes(config: Any, settings: RopeSettings) -> None:
             return
     except Exception as error:
         why = str(error).strip().splitlines()[-1].strip()
+    advice = "ntk, which only raises θ" if settings.preset not in ("ntk", "theta") else "none"
     raise ValueError(
         f"rope: {settings.preset}: base model type {config.model_type!r} does not take these "
-        f"rope_parameters ({why}); write rope: ntk, which only raises θ"
+        f"rope_parameters ({why}); write rope: {advice}"
     )
 
 

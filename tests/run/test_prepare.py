@@ -39,17 +39,21 @@ def written(raw, config=None):
     return {**raw, **prepared(raw, config).updates}
 
 
-def test_two_lines_become_the_papers_recipe():
+def test_two_lines_become_the_recommended_recipe():
     result = written(recipe())
     assert result["adapter"] == "lora"
     assert (result["lora_r"], result["lora_alpha"], result["lora_dropout"]) == (8, 16, 0.0)
     assert result["lora_target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert result["model_config"]["max_position_embeddings"] == 32768
     assert result["model_config"]["rope_parameters"] == {
-        "rope_type": "linear",
+        "rope_type": "yarn",
         "factor": 8.0,
         "rope_theta": 10000.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
     }
+    assert prepared(recipe()).rope.chosen_by_auto
     assert prepared(recipe()).group_size == 8192
 
 
@@ -91,7 +95,7 @@ def test_neither_recipe_nor_base_config_is_changed():
 def test_other_model_config_overrides_are_kept():
     result = written(recipe(model_config={"sliding_window": None}))
     assert result["model_config"]["sliding_window"] is None
-    assert result["model_config"]["rope_parameters"]["rope_type"] == "linear"
+    assert result["model_config"]["rope_parameters"]["rope_type"] == "yarn"
 
 
 def test_rope_none_leaves_model_config_alone():
@@ -154,7 +158,7 @@ def test_missing_sequence_len_is_axolotls_default():
         (
             recipe(model_config={"rope_parameters": {"rope_type": "linear", "factor": 2}}),
             llama(),
-            ["two answers", "longlora.rope: linear", "rope_parameters", "rope: none"],
+            ["two answers", "longlora.rope: auto", "rope_parameters", "rope: none"],
         ),
         (recipe(sequence_len=262144), Gemma3Config(), ["multimodal", "rope: none"]),
         (

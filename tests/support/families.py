@@ -557,15 +557,20 @@ UNSUPPORTED: dict[str, tuple[Family, str]] = {
 }
 
 
-def build_family(name: str, family: Family, implementation: str) -> torch.nn.Module:
-    if name not in CONFIG_MAPPING:
-        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+def tiny_config(name: str, family: Family) -> Any:
+    """The family's transformers config."""
     values = {
         key: value
         for key, value in {**SIZES, **family.config}.items()
         if value is not None or key not in SIZES
     }
-    config = AutoConfig.for_model(name, **values)
+    return AutoConfig.for_model(name, **values)
+
+
+def build_family(name: str, family: Family, implementation: str) -> torch.nn.Module:
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    config = tiny_config(name, family)
     # Only this one computes experts in float64 too.
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         part._experts_implementation = "eager"

@@ -56,6 +56,7 @@ def expected_frequencies(preset, theta, dim):
         "dynamic": lambda: plain(theta, dim),
         "ntk": lambda: ntk_frequencies(theta, dim, 4),
         "theta": lambda: plain(2e7, dim),
+        "auto": lambda: yarn_frequencies(theta, dim, 4, ORIGINAL),
         "yarn": lambda: yarn_frequencies(theta, dim, 4, ORIGINAL),
         "llama3": lambda: llama3_frequencies(theta, dim, 4, ORIGINAL),
         "longrope": lambda: longrope_frequencies(theta, dim, lists(dim)["short_factor"]),
