@@ -101,9 +101,7 @@ class LongLoRAPlugin(BasePlugin):
         self._wanted = names = [
             name
             for kind in run.trainable
-            for name in find("longlora_trainable_modules", kind, what="kind of trainable modules")(
-                model
-            )
+            for name in find("longlora_trainable_modules", kind)(model)
         ]
         if names:
             own = list(cfg.lora_modules_to_save or [])
@@ -145,11 +143,7 @@ class LongLoRAPlugin(BasePlugin):
                     model,
                     group_size=run.group_size,
                     full_attention_below=run.full_attention_below,
-                    pattern=find(
-                        "longlora_attention_patterns",
-                        run.attention_pattern,
-                        what="attention pattern",
-                    ),
+                    pattern=find("longlora_attention_patterns", run.attention_pattern),
                 )
             except ValueError as error:
                 raise RecipeError(str(error)) from error

@@ -31,6 +31,13 @@ BUILTINS = {
     "longlora_recipes": "longlora_plugin.recipes",
 }
 """Hook → module of this package that implements it, imported when the hook is first asked."""
+CALLED = {
+    "longlora_rope_presets": "RoPE preset",
+    "longlora_attention_patterns": "attention pattern",
+    "longlora_trainable_modules": "kind of trainable modules",
+    "longlora_recipes": "recipe",
+}
+"""Hook → how errors call what it provides."""
 LOG = logging.getLogger(__name__)
 
 
@@ -136,11 +143,8 @@ def provided(hook: str) -> dict[str, Any]:
     return {name: offer.value for name, offer in offers.items()}
 
 
-def find(hook: str, name: str, *, what: str) -> Any:
+def find(hook: str, name: str) -> Any:
     """The one thing called `name` that hook `hook` provides.
-
-    Args:
-        what: how the error calls it, for example "RoPE preset".
 
     Raises:
         ValueError: nobody provides it; names the nearest and all valid names, and every package
@@ -151,7 +155,7 @@ def find(hook: str, name: str, *, what: str) -> Any:
         return choices[name]
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    message = f"unknown {what} {name!r}; {hint}valid: {', '.join(sorted(choices))}"
+    message = f"unknown {CALLED[hook]} {name!r}; {hint}valid: {', '.join(sorted(choices))}"
     suspects = [
         str(problem)
         for problem in (*broken_packages(), *survey(hook)[1])

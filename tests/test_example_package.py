@@ -60,12 +60,12 @@ model = LlamaForCausalLM(config).train()
 kinds = {}
 for tied in (False, True):
     config.tie_word_embeddings = tied
-    kinds[str(tied)] = find("longlora_trainable_modules", "head", what="kind")(
+    kinds[str(tied)] = find("longlora_trainable_modules", "head")(
         LlamaForCausalLM(config))
 
 def seen_from_the_second_group(name):
     # Does a token of the first group change anything in the second?
-    pattern = find("longlora_attention_patterns", name, what="pattern")
+    pattern = find("longlora_attention_patterns", name)
     handle = enable_shifted_attention(model, group_size=8, pattern=pattern)
     rows = torch.arange(16)[None].repeat(2, 1)
     rows[1, 6] = 60

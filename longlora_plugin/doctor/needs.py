@@ -172,11 +172,7 @@ def _trained_beside(raw: Mapping[str, Any], block: Any, model: Any) -> Finding:
         return Finding(what, True, kinds)
     modules = dict(model.named_modules())
     names = {
-        name
-        for kind in block.trainable
-        for name in find("longlora_trainable_modules", kind, what="kind of trainable modules")(
-            model
-        )
+        name for kind in block.trainable for name in find("longlora_trainable_modules", kind)(model)
     }
     parameters = sum(p.numel() for name in names for p in modules[name].parameters())
     if raw.get("bf16") or raw.get("fp16"):

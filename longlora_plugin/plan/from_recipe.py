@@ -69,9 +69,7 @@ def parameters_of(recipe: Recipe, model: Any) -> Parameters:
 
         assert recipe.block is not None
         for kind in recipe.block.trainable:
-            saved += find("longlora_trainable_modules", kind, what="kind of trainable modules")(
-                model
-            )
+            saved += find("longlora_trainable_modules", kind)(model)
         if not targets and not fused:
             names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
             known = names.intersection(LORA_TARGETS)

@@ -219,9 +219,7 @@ def planned_run(recipe: Recipe, config: Any, gpus: int = 1, rows: int | None = N
         notes=notes,
         # Lengths below a fixed group are asked for by pictures only: one group holds them.
         group_size_for=lambda length: block.group_size_for(max(length, block.group_size or 0)),
-        pattern=find(
-            "longlora_attention_patterns", block.attention_pattern, what="attention pattern"
-        ),
+        pattern=find("longlora_attention_patterns", block.attention_pattern),
         full_attention_below=block.full_attention_below,
         full_steps_share=share,
         stores_scores=attention_of(recipe) == "eager",

@@ -78,4 +78,4 @@ def recipe_path(name: str) -> Path:
     """
     from longlora_plugin.registry import find
 
-    return Path(find("longlora_recipes", name, what="recipe"))
+    return Path(find("longlora_recipes", name))

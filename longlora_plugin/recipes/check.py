@@ -298,7 +298,7 @@ def _check_model(recipe: Recipe, run: PreparedRun, base_config: Any, report: Rep
         return False
     for kind in run.trainable:
         try:
-            select = find("longlora_trainable_modules", kind, what="kind of trainable modules")
+            select = find("longlora_trainable_modules", kind)
             names = select(model)
         except ValueError as error:
             report.problems.append(str(error))
@@ -311,9 +311,7 @@ def _check_model(recipe: Recipe, run: PreparedRun, base_config: Any, report: Rep
                 model,
                 group_size=run.group_size,
                 full_attention_below=run.full_attention_below,
-                pattern=find(
-                    "longlora_attention_patterns", run.attention_pattern, what="attention pattern"
-                ),
+                pattern=find("longlora_attention_patterns", run.attention_pattern),
             )
         except ValueError as error:
             report.problems.append(str(error))

@@ -85,7 +85,7 @@ def resolve_rope(
         ValueError: a wrong preset, option or target; a base model without RoPE; a scaling of the
             base that the preset cannot extend; a model type that does not take the result.
     """
-    registry.find("longlora_rope_presets", str(preset), what="RoPE preset")
+    registry.find("longlora_rope_presets", str(preset))
     target = _tokens("sequence_len", target_context)
     if original_context is not None:
         original_context = _tokens("original_context", original_context)
@@ -169,7 +169,7 @@ def _extend(
     request: RopeRequest, config: Any, before: dict[str, Any], restart: bool
 ) -> RopeSettings:
     """What the request's preset makes of the base model, checked against its model type."""
-    function = registry.find("longlora_rope_presets", request.preset, what="RoPE preset")
+    function = registry.find("longlora_rope_presets", request.preset)
     layer = after = request.base
     if request.options or (request.stretch > 1 and request.preset != "none"):
         after = _checked(request, function(copy.deepcopy(request)))

@@ -56,21 +56,13 @@ def problems_of(
             partial(block.group_size_for, sequence_len),
             partial(_check_attention, recipe),
             partial(_check_scaling_softmax, recipe),
-            partial(
-                find,
-                "longlora_attention_patterns",
-                block.attention_pattern,
-                what="attention pattern",
-            ),
+            partial(find, "longlora_attention_patterns", block.attention_pattern),
         ]
         if base_config is not None:
             checks.append(partial(_check_family, recipe, base_config))
-    checks += [
-        partial(find, "longlora_trainable_modules", kind, what="kind of trainable modules")
-        for kind in block.trainable
-    ]
+    checks += [partial(find, "longlora_trainable_modules", kind) for kind in block.trainable]
     if base_config is None:
-        checks.append(partial(find, "longlora_rope_presets", block.rope_preset, what="RoPE preset"))
+        checks.append(partial(find, "longlora_rope_presets", block.rope_preset))
     if recipe.get("adapter") == "longlora":
         checks.append(partial(_check_zero3, recipe))
     checks.append(partial(_check_lm_eval, recipe))

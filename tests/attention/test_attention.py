@@ -720,7 +720,7 @@ class GroupsWithoutShift:
 def registered_pattern() -> AttentionPattern:
     plugin = GroupsWithoutShift()
     registry.manager().register(plugin, name="a-users-package")
-    yield registry.find("longlora_attention_patterns", "groups", what="attention pattern")
+    yield registry.find("longlora_attention_patterns", "groups")
     registry.manager().unregister(plugin)
 
 
@@ -744,7 +744,7 @@ def test_a_users_pattern_comes_through_the_hook_and_equals_its_definition(
 
 
 def test_the_built_in_pattern_comes_through_the_same_hook() -> None:
-    assert registry.find("longlora_attention_patterns", "s2", what="attention pattern") is S2
+    assert registry.find("longlora_attention_patterns", "s2") is S2
 
 
 def test_a_pattern_of_three_shifts_equals_its_definition() -> None:
