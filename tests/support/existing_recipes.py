@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "axolotl_recipes"
-LINEAR = {"rope_type": "linear"}
+YARN = {"rope_type": "yarn"}
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,21 @@ EXPECTED = {
     "llama-2-qlora-packed-alpaca": Expected(
         adapter="qlora",
         extends=(4096, 16384),
-        rope={**LINEAR, "factor": 4.0},
+        rope={**YARN, "factor": 4.0},
         group=4096,
         lora={"lora_r": 32, "lora_alpha": 16, "lora_dropout": 0.05, "lora_target_linear": True},
     ),
     "llama-2-lora-in-8-bits": Expected(
         adapter="lora",
         extends=(4096, 8192),
-        rope={**LINEAR, "factor": 2.0},
+        rope={**YARN, "factor": 2.0},
         group=2048,
         lora={"lora_r": 32},
     ),
     "llama-3-lora-chat-template": Expected(
         adapter="lora",
         extends=(8192, 32768),
-        rope={**LINEAR, "factor": 4.0},
+        rope={**YARN, "factor": 4.0},
         group=8192,
         lora={"lora_r": 64},
     ),
@@ -70,57 +70,57 @@ EXPECTED = {
     "code-llama-lora": Expected(
         adapter="lora",
         extends=(16384, 65536),
-        rope={**LINEAR, "factor": 4.0},
+        rope={**YARN, "factor": 4.0},
         group=16384,
     ),
     "mistral-lora-deepspeed-zero-2": Expected(
         adapter="lora",
         extends=(32768, 65536),
-        rope={**LINEAR, "factor": 2.0},
+        rope={**YARN, "factor": 2.0},
         group=16384,
         gpus=4,
     ),
     "mixtral-qlora-expert-router-left-alone": Expected(
         adapter="qlora",
         extends=(32768, 65536),
-        rope={**LINEAR, "factor": 2.0},
+        rope={**YARN, "factor": 2.0},
         group=16384,
     ),
     "qwen2-5-lora-chat-template-and-liger": Expected(
         adapter="lora",
         extends=(32768, 131072),
-        rope={**LINEAR, "factor": 4.0},
+        rope={**YARN, "factor": 4.0},
         group=32768,
     ),
     "qwen3-qlora-with-its-own-lora-kernels": Expected(
         adapter="qlora",
         extends=(32768, 65536),
-        rope={**LINEAR, "factor": 2.0},
+        rope={**YARN, "factor": 2.0},
         group=16384,
     ),
     "gemma-2-qlora-layers-with-a-window": Expected(
         adapter="qlora",
         extends=(8192, 16384),
-        rope={**LINEAR, "factor": 2.0},
+        rope={**YARN, "factor": 2.0},
         group=4096,
     ),
     "phi-2-lora-partial-rotary": Expected(
         adapter="lora",
         extends=(2048, 8192),
-        rope={**LINEAR, "factor": 4.0, "partial_rotary_factor": 0.4},
+        rope={**YARN, "factor": 4.0, "partial_rotary_factor": 0.4},
         group=2048,
     ),
     "pythia-lora-fused-projections": Expected(
         adapter="lora",
         extends=(2048, 4096),
-        rope={**LINEAR, "factor": 2.0, "partial_rotary_factor": 0.25},
+        rope={**YARN, "factor": 2.0, "partial_rotary_factor": 0.25},
         group=1024,
         lora={"lora_target_modules": ["query_key_value"]},
     ),
     "llama-2-70b-lora-deepspeed-zero-3-completion": Expected(
         adapter="lora",
         extends=(4096, 32768),
-        rope={**LINEAR, "factor": 8.0},
+        rope={**YARN, "factor": 8.0},
         group=8192,
         gpus=8,
     ),
