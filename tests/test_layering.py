@@ -45,7 +45,7 @@ ALLOWED = {
     "attention": "hookspecs",
     "checkpoints": "rope",
     "cli": "artifacts checkpoints doctor evaluation longqa merge plan recipes run",
-    "doctor": "args attention plan recipes registry rope run",
+    "doctor": "attention recipes run",
     "evaluation": "checkpoints rope run",
     "hookspecs": "",
     "host": "",
@@ -53,11 +53,11 @@ ALLOWED = {
     "longqa": "",
     "merge": "adapter artifacts checkpoints rope",
     "plan": "adapter args attention registry run",
-    "plugin": "adapter args artifacts attention evaluation host merge registry rope run",
-    "recipes": "args attention evaluation hookspecs host plan registry run",
+    "plugin": "adapter args artifacts attention evaluation host merge rope run",
+    "recipes": "args evaluation hookspecs host plan registry run",
     "registry": "attention hookspecs",
     "rope": "hookspecs registry",
-    "run": "args artifacts attention checkpoints registry rope",
+    "run": "adapter args artifacts attention checkpoints registry rope",
 }
 """Part of the package → the parts that it imports, all of them."""
 
@@ -66,7 +66,6 @@ READS_RECIPES = ("run/", "recipes/", "cli/", "host/", "plugin.py", "plan/from_re
 
 STILL_READ_RECIPES = {
     "checkpoints/resume.py",
-    "doctor/needs.py",
     "evaluation/data.py",
     "evaluation/models.py",
 }

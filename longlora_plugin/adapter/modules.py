@@ -73,6 +73,12 @@ def embeddings_are_tied(model: Any) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
+def has_any_named(model: torch.nn.Module, names: Iterable[str]) -> bool:
+    """Whether some module's own name, the last part of its path, is one of `names`."""
+    wanted = set(names)
+    return any(name.rsplit(".", 1)[-1] in wanted for name, _ in model.named_modules())
+
+
 def attention_projections(model: torch.nn.Module) -> list[str]:
     """Names of the linear layers of the model's attention, for families without q_proj … o_proj.
 

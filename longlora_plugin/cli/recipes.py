@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -182,21 +182,5 @@ def _print_report(report: Report, *, err: bool) -> None:
         click.echo("  ✗ " + text.replace("\n", "\n    "), err=err)
     for text in report.notes:
         click.echo("  · " + text.replace("\n", "\n    "), err=err)
-    if report.resolved:
-        click.echo("  → " + ", ".join(_facts(report.resolved)), err=err)
-
-
-def _facts(resolved: dict[str, Any]) -> list[str]:
-    rope = resolved["rope_parameters"]
-    scaling = rope.get("rope_type", "for each layer type")
-    if "factor" in rope:
-        scaling += f" × {rope['factor']:g}"
-    if resolved["rope_reason"]:
-        scaling += f" (auto: {resolved['rope_reason']})"
-    group = resolved["group_size"]
-    return [
-        f"adapter {resolved['adapter'] or 'none (full fine-tune)'}",
-        f"context {resolved['base_context']:,} to {resolved['target_context']:,} tokens",
-        f"RoPE {scaling}",
-        f"groups of {group:,}" if group else "full attention",
-    ]
+    for fact in report.facts:
+        click.echo(f"  → {fact}", err=err)

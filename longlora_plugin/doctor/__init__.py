@@ -19,8 +19,9 @@ from longlora_plugin.doctor.machine import (
     unsupported_versions,
     versions,
 )
-from longlora_plugin.doctor.needs import Finding, judge
+from longlora_plugin.doctor.needs import judge
 from longlora_plugin.doctor.trials import NOT_TRIED, Trial, trials_for, tried
+from longlora_plugin.run.summary import Fact
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Diagnosis:
     device: dict[str, Any]
     trials: list[Trial]
     recipe: str | None = None
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Fact] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longlora_plugin.run.prepare import PreparedRun
+
 READERS = {"json": (".jsonl", ".ndjson", ".json"), "text": (".txt", ".md", ".text")}
 """What reads a file: the name of a builder of `datasets`, and the suffixes."""
 SPLITS = ("test", "validation", "train")
@@ -147,6 +149,23 @@ def check_held_out(
     raise ValueError(
         f"no document of {data} has {length} tokens, the longest has {longest}; give longer ones"
     )
+
+
+def check_held_out_of(run: PreparedRun) -> None:
+    """The same for the text that a run names.
+
+    Raises:
+        ValueError: says what is expected.
+    """
+    try:
+        check_held_out(
+            str(run.block.held_out),
+            run.target_context,
+            run.tokenizer,
+            trust_remote_code=run.remote_code,
+        )
+    except ValueError as error:
+        raise ValueError(f"longlora.held_out: {error}") from error
 
 
 def read_texts(

@@ -1,4 +1,4 @@
-"""The one room beside `plugin.py` that imports Axolotl: what differs between its versions.
+"""What differs between Axolotl's versions, and what of it this package replaces.
 
 Axolotl 0.19 to 0.21.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "merges_base_stored_as",
     "quantization_of_run",
     "quantizes_as_only_axolotl_can",
+    "recipe_errors",
     "save_fsdp2_adapters_with",
     "uses_deepspeed",
     "uses_fsdp",
@@ -49,6 +51,15 @@ class RecipeError(ValueError, click.ClickException):
 
     def __init__(self, message: str) -> None:
         click.ClickException.__init__(self, message)
+
+
+@contextmanager
+def recipe_errors(prefix: str = "") -> Iterator[None]:
+    """Make a ValueError what the command line shows without a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise RecipeError(f"{prefix}{error}") from error
 
 
 def is_duplicate_instance(plugin: BasePlugin) -> bool:
@@ -167,9 +178,9 @@ def save_fsdp2_adapters_with(write: Callable[[Any, Path], None]) -> Callable[[],
     """
     from axolotl.integrations.expert_parallel import shard
 
-    stock = shard.save_fsdp2_lora_adapter
+    original = shard.save_fsdp2_lora_adapter
 
-    @functools.wraps(stock)
+    @functools.wraps(original)
     def save_fsdp2_lora_adapter(model: Any, output_dir: str) -> bool:
         write(model, Path(output_dir))
         return True
@@ -177,6 +188,6 @@ def save_fsdp2_adapters_with(write: Callable[[Any, Path], None]) -> Callable[[],
     shard.save_fsdp2_lora_adapter = save_fsdp2_lora_adapter
 
     def restore() -> None:
-        shard.save_fsdp2_lora_adapter = stock
+        shard.save_fsdp2_lora_adapter = original
 
     return restore

@@ -1,4 +1,4 @@
-"""Limits beside the model's own maximum that repeat an old context: of tokenizer and generation.
+"""Limits of tokenizer and generation that repeat an old context.
 
 Left alone, a tokenizer warns and cuts, and generation stops, where the base model's context ended.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longlora_plugin.checkpoints.files import whole_file
+from longlora_plugin.rope.base_config import maximum_of, text_config_of
 
 LIMITS = {
     "tokenizer_config.json": ("model_max_length",),
@@ -62,9 +63,22 @@ def raise_limits(folder: Path, old: Iterable[int], target: int) -> list[str]:
     return notes
 
 
-def raise_limits_of(tokenizer: Any, generation: Any, old: Iterable[int], target: int) -> None:
-    """The same for what a run will save: its tokenizer and the model's generation config."""
-    for owner, name in ((tokenizer, "model_max_length"), (generation, "max_length")):
+def raise_limits_of(trainer: Any, base_config: Any, old: Iterable[int], target: int) -> None:
+    """The same for what a run will save: its tokenizer and the model's generation config.
+
+    Args:
+        old: the base's contexts, in tokens; its config's maximum is one in any case.
+        target: what the run extends to, in tokens; the model's maximum counts where it is higher.
+    """
+    before, trained = (
+        maximum_of(text_config_of(config)) or 0 for config in (base_config, trainer.model.config)
+    )
+    old, target = {*old, before}, max(trained, target)
+    generation = getattr(trainer.model, "generation_config", None)
+    for owner, name in (
+        (trainer.processing_class, "model_max_length"),
+        (generation, "max_length"),
+    ):
         limit = raised_limit(getattr(owner, name, None), old, target)
         if limit is not None:
             setattr(owner, name, limit)

@@ -2,7 +2,7 @@
 network: YAML, our block, RoPE, the group against the length, Axolotl's own schema, the modules to
 train, the layers S²-Attn covers, and memory where a GPU is named.
 
-Each room is asked on its own, so that one report holds all that is wrong.
+Each part is asked on its own, so that one report holds all that is wrong.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any
 from longlora_plugin.plan import find_gpu, meta_model, plan_run, planned_run
 from longlora_plugin.plan.from_recipe import training_of
 from longlora_plugin.run.base_model import base_config_of
+from longlora_plugin.run.built import built_of, trained_modules
 from longlora_plugin.run.prepare import PreparedRun, asks_for_longlora, prepare_run
 from longlora_plugin.run.recipe import Recipe, read_yaml
+from longlora_plugin.run.summary import Built, Fact, facts
 
 AXOLOTLS_DEFAULTS = "Auto-enabling"
 """How those of its warnings begin that only say what it does by default."""
@@ -53,16 +55,20 @@ class Report:
 
     Attributes:
         path: the file.
-        problems: what has to be mended; the recipe is fine where there are none.
+        problems: what has to be changed; the recipe is fine where there are none.
         notes: what to know, and what could not be checked here.
         resolved: what the recipe comes to: the adapter Axolotl gets, group size, contexts, RoPE;
             empty where that could not be decided.
+        facts: the same and more, in words; none where something is wrong with the run.
+        run: the run; None where the recipe cannot be read.
     """
 
     path: Path
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     resolved: dict[str, Any] = field(default_factory=dict)
+    facts: list[Fact] = field(default_factory=list)
+    run: PreparedRun | None = None
 
     @property
     def ok(self) -> bool:
@@ -78,7 +84,7 @@ def check_recipe(
         path: its YAML file.
         gpu: a GPU it has to fit, as `plan` knows it.
         gpus: how many of them.
-        base_config: folder or name whose config.json stands for the base model's.
+        base_config: folder or name whose config.json is read instead of the base model's.
 
     Raises:
         ValueError: `gpu` is unknown. What is wrong with the recipe is in the report.
@@ -94,40 +100,30 @@ def check_recipe(
 
     check_plugin_line(raw, report)
     config = _base_config(raw, base_config, report)
-    run = prepare_run(raw, config)
+    run = report.run = prepare_run(raw, config)
     report.problems += run.problems
     if asks_for_longlora(raw):
         _describe(raw, run, report)
-        _check_held_out(raw, run, report)
+        if run.block.held_out:
+            from longlora_plugin.evaluation.data import check_held_out_of
+
+            _told(lambda: check_held_out_of(run), report)
     schema_is_fine = _check_schema(raw, run, gpu or ASSUMED_GPU, gpus, report)
 
     recipe = Recipe(Path(path), raw, run.block if asks_for_longlora(raw) else None)
     if config is not None:
-        sound = _check_model(recipe, run, config, report)
-        if sound and schema_is_fine and not run.problems:
+        built = _check_model(run, config, report)
+        report.facts = facts(run, built) if asks_for_longlora(raw) else []
+        if built and schema_is_fine:
             _check_memory(recipe, config, card, gpus, report)
     _check_deepspeed(recipe, report)
-    # Two rooms may refuse the same value, each with its own advice: `key: got value; …`.
+    # Two parts may refuse the same value, each with its own advice: `key: got value; …`.
     unique: dict[str, str] = {}
     for text in report.problems:
         unique.setdefault(text.split(";")[0], text)
     report.problems = list(unique.values())
     report.notes = list(dict.fromkeys(report.notes))
     return report
-
-
-def _check_held_out(raw: dict[str, Any], run: PreparedRun, report: Report) -> None:
-    held_out = run.block.held_out
-    if not held_out:
-        return
-    from longlora_plugin.evaluation.data import check_held_out
-
-    try:
-        check_held_out(
-            held_out, run.target_context, str(raw.get("tokenizer_config") or raw.get("base_model"))
-        )
-    except ValueError as error:
-        report.problems.append(f"longlora.held_out: {error}")
 
 
 def capabilities_of(gpu: str, gpus: int) -> dict[str, Any]:
@@ -282,46 +278,30 @@ def _check_schema(
     return not found.problems
 
 
-def _check_model(recipe: Recipe, run: PreparedRun, base_config: Any, report: Report) -> bool:
+def _check_model(run: PreparedRun, base_config: Any, report: Report) -> Built | None:
     """Ask the model, built without weights, which modules train and which layers S²-Attn covers."""
-    from longlora_plugin.attention import enable_shifted_attention
-    from longlora_plugin.registry import find
-
-    before = len(report.problems)
     try:
-        model = meta_model(
-            run.config_of(base_config),
-            trust_remote_code=recipe.raw.get("trust_remote_code") is True,
-        )
+        model = meta_model(run.config_of(base_config), trust_remote_code=run.remote_code)
     except Exception as error:
         report.notes.append(f"the model cannot be built from its config here: {error}")
-        return False
-    for kind in run.trainable:
-        try:
-            select = find("longlora_trainable_modules", kind)
-            names = select(model)
-        except ValueError as error:
-            report.problems.append(str(error))
-            continue
-        if not names:
-            report.notes.append(f"longlora.trainable: {kind}: this model has none")
-    if run.group_size and not run.problems:
-        try:
-            handle = enable_shifted_attention(
-                model,
-                group_size=run.group_size,
-                full_attention_below=run.full_attention_below,
-                pattern=find("longlora_attention_patterns", run.attention_pattern),
-            )
-        except ValueError as error:
-            report.problems.append(str(error))
-        else:
-            report.notes += [
-                f"shifted attention leaves out {count} of the layers: {reason}"
-                for reason, count in handle.skipped.items()
-            ]
-            handle.remove()
-    return len(report.problems) == before
+        return None
+    if run.problems:
+        return None
+    try:
+        built = built_of(run, model)
+    except ValueError as error:
+        report.problems.append(str(error))
+        return None
+    report.notes += [
+        f"longlora.trainable: {kind}: this model has none"
+        for kind, names in trained_modules(run, model).items()
+        if not names
+    ]
+    report.notes += [
+        f"shifted attention leaves out {count} of the layers: {reason}"
+        for reason, count in built.skipped.items()
+    ]
+    return built
 
 
 def _check_memory(recipe: Recipe, config: Any, card: Any, gpus: int, report: Report) -> None:
@@ -341,7 +321,7 @@ def _check_memory(recipe: Recipe, config: Any, card: Any, gpus: int, report: Rep
     elif plan.tight:
         report.notes.append(
             f"may just fit {where}: {needed:.1f} GiB of tensors, {total:.1f} GiB as allocators "
-            f"usually fragment; with room for that, sequence_len: {plan.comfortable_sequence_len:,}"
+            f"usually fragment; sequence_len: {plan.comfortable_sequence_len:,} leaves space for it"
         )
     else:
         report.notes.append(f"fits {where}: {total:.1f} GiB; {longest}")
@@ -364,6 +344,6 @@ def _check_deepspeed(recipe: Recipe, report: Report) -> None:
     report.notes += _told(lambda: training_of(alone, 1)[1], report)
     if (recipe.path.parent / path).is_file():
         report.notes.append(
-            f"deepspeed: {path} stands beside the recipe, but Axolotl looks for it from the folder "
+            f"deepspeed: {path} is next to the recipe, but Axolotl looks for it from the folder "
             "it is started in"
         )

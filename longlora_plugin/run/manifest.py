@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from longlora_plugin.artifacts.manifest import (
     Manifest,
@@ -16,15 +14,12 @@ from longlora_plugin.artifacts.manifest import (
     why_another_rope,
 )
 from longlora_plugin.run.prepare import PreparedRun
+from longlora_plugin.run.summary import Built
 
 
-def manifest_of(run: PreparedRun, recipe: Mapping[str, Any]) -> Manifest:
-    """The manifest of a run before its first step.
-
-    Args:
-        recipe: as the user wrote it.
-    """
-    rope = run.resolved_rope()
+def manifest_of(run: PreparedRun, built: Built | None = None) -> Manifest:
+    """The manifest of a run before its first step; without `built`, of one that is not seen."""
+    rope, recipe, built = run.resolved_rope(), run.recipe, built or Built()
     return Manifest(
         base_model=str(run.base_model),
         base_model_revision=recipe.get("revision_of_model"),
@@ -39,12 +34,31 @@ def manifest_of(run: PreparedRun, recipe: Mapping[str, Any]) -> Manifest:
         group_size=run.group_size,
         attention_pattern=run.attention_pattern if run.group_size else None,
         full_attention_below=run.full_attention_below,
+        covered_layers=built.layers,
+        uncovered_layers=dict(built.skipped),
         trainable=list(run.trainable),
+        trained_modules=built.modules,
+        trained_parameters=built.parameters,
         recipe=public_recipe(recipe),
         recipe_digest=digest(recipe),
         data_digests=data_digests(recipe),
         versions=versions(),
     )
+
+
+def check_start(run: PreparedRun, *, merging: bool) -> None:
+    """Refuse to go on from weights, or to merge an adapter, of another RoPE.
+
+    Raises:
+        ValueError: says both, and what to write.
+    """
+    keys = ("lora_model_dir", "resume_from_checkpoint")
+    folders = {key: run.updates.get(key) or run.recipe.get(key) for key in keys}
+    if merging and not folders["lora_model_dir"]:
+        folders = {"output_dir": run.recipe.get("output_dir")}
+    for key, folder in folders.items():
+        if folder and Path(str(folder)).is_dir():
+            check_same_rope(str(folder), run, key)
 
 
 def check_same_rope(folder: str | Path, run: PreparedRun, key: str) -> None:

@@ -79,6 +79,16 @@ class PreparedRun:
         """Fields of config.json that RoPE sets; none where it stays as it is."""
         return dict(self.rope.config_fields) if self.rope and self.rope.extended else {}
 
+    @property
+    def tokenizer(self) -> str:
+        """Folder or name of the base model's tokenizer."""
+        return str(self.recipe.get("tokenizer_config") or self.base_model)
+
+    @property
+    def remote_code(self) -> bool:
+        """Whether the code that comes with the model runs."""
+        return self.recipe.get("trust_remote_code") is True
+
     def checked(self) -> PreparedRun:
         """The run itself.
 

@@ -223,11 +223,13 @@ def test_recipe_that_runs_says_what_is_on_and_off(tmp_path, recipe, tiny_tokeniz
     found = {each["what"]: each for each in report["findings"]}
     assert "'rope_type': 'default'} → " in found["RoPE"]["why"]
     assert "context 64 → 256" in found["RoPE"]["why"]
-    assert found["shifted attention"]["why"].startswith("2 layers, group size 64 of 256 tokens")
+    assert found["shifted attention (s2)"]["why"].startswith(
+        "2 layers, group size 64 of 256 tokens"
+    )
     assert found["full attention at the end"]["why"] == "the last 10% of the steps"
     assert found["adapter"]["why"].startswith("longlora → lora: r 8, alpha 16, on q_proj")
     size = (len(tiny_tokenizer) + 5) * 64  # the table, and 5 norms
-    assert f"6 modules, {size:,} parameters" in found["embeddings and norms"]["why"]
+    assert f"6 modules, {size:,} parameters" in found["trained in addition to LoRA"]["why"]
     assert not found["DeepSpeed, FSDP"]["on"]
 
 
@@ -237,7 +239,7 @@ def test_switched_off_parts_say_why(tmp_path, recipe):
     result = run(recipe(longlora=block), "--json", path)
     assert result.exit_code == 0, result.output
     found = {each["what"]: each for each in json.loads(path.read_text())["findings"]}
-    for what in ("RoPE", "shifted attention", "embeddings and norms"):
+    for what in ("RoPE", "shifted attention", "trained in addition to LoRA"):
         assert not found[what]["on"]
     assert "rope: none" in found["RoPE"]["why"]
 

@@ -40,10 +40,10 @@ def trained(tmp_path_factory, tiny_model_dir, tiny_dataset, tiny_text):
 
 
 def test_run_logs_what_was_done(trained):
-    assert "LongLoRA RoPE: {'rope_theta': 10000.0, 'rope_type': 'default'} → " in trained.log
+    assert "{'rope_theta': 10000.0, 'rope_type': 'default'} → " in trained.log
     assert "context 64 → 256" in trained.log
-    assert "trains 7 modules beside LoRA (embeddings, norms)" in trained.log
-    assert "kept in torch.float32, computing in torch.bfloat16" in trained.log
+    assert "LongLoRA trained in addition to LoRA: embeddings, norms: 7 modules" in trained.log
+    assert "kept in float32, computing in bfloat16" in trained.log
     assert "shifted attention (s2): 2 layers, group size 64 of 256 tokens" in trained.log
     assert "step 6 of 8: training goes on with full attention" in trained.log
     assert trained.log.count("long_context/perplexity'") == 2  # after 4 and 8 steps

@@ -152,8 +152,8 @@ def test_a_pattern_of_an_installed_package_is_the_one_that_is_checked(recipe, mo
     find, enable = registry.find, attention.enable_shifted_attention
     mine = registry.find("longlora_attention_patterns", "s2")
 
-    def with_mine(hook, name, *, what):
-        return mine if name == "mine" else find(hook, name, what=what)
+    def with_mine(hook, name):
+        return mine if name == "mine" else find(hook, name)
 
     def enabled(model, **options):
         used.append(options["pattern"])
