@@ -14,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 # Threads that spin while they wait for each other take a busy machine four times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-quick test-matrix test-wheel lint bench docs study smollm2 longqa install \
+.PHONY: demo test test-quick test-matrix test-attention-matrix test-wheel lint bench docs study smollm2 longqa install \
 	lock clean
 
 # $(call set_up,FOLDER,PYTHON): a virtual environment with the versions of the constraints file.
@@ -74,20 +74,26 @@ else
 		$(MATRIX_VENV)/bin/python -m pytest $(MATRIX_TESTS)
 endif
 
-# The attention tests alone, without Axolotl, on the lowest and the highest torch and transformers
+# The attention and adapter tests, without Axolotl, on the lowest and the highest torch and transformers
 # that Axolotl 0.19 to 0.21 allow.
 ATTENTION_MATRIX := torch==2.11.0,transformers==5.17.0 torch==2.13.0,transformers==5.20.1
 ATTENTION_TESTS := tests/attention/test_attention.py tests/attention/test_backends.py \
-	tests/attention/test_forwards.py tests/attention/test_works_with.py
+	tests/attention/test_forwards.py tests/attention/test_works_with.py tests/adapter
+ATTENTION_VENVS ?= .venv-attention
 comma := ,
 
-test-attention-matrix: $(ATTENTION_MATRIX:%=.venv-attention/%/.installed)
+test-attention-matrix: $(if $(MATRIX_PYTHON),$(ATTENTION_MATRIX:%=$(ATTENTION_VENVS)/%/.installed))
+ifeq ($(MATRIX_PYTHON),)
+	@echo "test-attention-matrix skipped: no Python 3.12 with venv (see test-matrix)"
+else
 	for versions in $(ATTENTION_MATRIX); do PYTHONPATH=. OMP_NUM_THREADS=1 \
-		".venv-attention/$$versions/bin/python" -m pytest $(ATTENTION_TESTS) || exit 1; done
+		"$(ATTENTION_VENVS)/$$versions/bin/python" -m pytest $(ATTENTION_TESTS) || exit 1; done
+endif
 
-.venv-attention/%/.installed:
+$(ATTENTION_VENVS)/%/.installed:
 	$(MATRIX_PYTHON) -m venv "$(@D)"
-	"$(@D)/bin/pip" install --quiet $(foreach package,$(subst $(comma), ,$*),"$(package)") \
+	"$(@D)/bin/pip" install --quiet uv
+	VIRTUAL_ENV="$(@D)" "$(@D)/bin/uv" pip install --quiet $(foreach package,$(subst $(comma), ,$*),"$(package)") \
 		accelerate click hypothesis matplotlib peft pluggy pydantic pytest rich
 	touch "$@"
 
@@ -187,4 +193,4 @@ $(OUT)/text/%.jsonl: | $(VENV)/.installed
 .SECONDARY: $(LONGQA_SEEDS:%=$(LONGQA)/seed-%/adapter_model.safetensors) $(LONGQA)/train.stats.json
 
 clean:
-	rm -rf $(VENV) $(MATRIX_VENV) outputs
+	rm -rf $(VENV) $(MATRIX_VENV) $(ATTENTION_VENVS) outputs

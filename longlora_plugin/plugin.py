@@ -111,6 +111,7 @@ class LongLoRAPlugin(BasePlugin):
         _log(built_facts(run, self._built))
 
     def _prepare_adapter(self, cfg: Any, model: Any) -> Any:
+        from longlora_plugin.adapter.fused_loss import cast_heads_for_cut_cross_entropy
         from longlora_plugin.adapter.prepare import prepare_adapter
         from longlora_plugin.adapter.state import save_adapter
         from longlora_plugin.adapter.zero3 import ZeRO3HookGuard
@@ -123,6 +124,7 @@ class LongLoRAPlugin(BasePlugin):
             if cfg.lora_model_dir
             else f"rl: {cfg.rl} attaches the adapter later, without them",
         )
+        self._undo.append(cast_heads_for_cut_cross_entropy())
         if uses_deepspeed(cfg):
             self._undo.append(ZeRO3HookGuard().install().remove)
         if uses_fsdp(cfg):

@@ -26,7 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False")
         for item in items:
-            if "gpu" in item.keywords:
+            # Not `item.keywords`, which hold the names of folders too: a checkout named gpu.
+            if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
 
 

@@ -2,7 +2,7 @@
 
 PEFT keeps `modules_to_save` copies in the base model's dtype. In bf16 an update of relative size
 2⁻⁹ or less rounds away, so at the paper's learning rate norms would never move:
-`train_in_fp32` trains fp32 copies while activations stay in the compute dtype.
+`train_in_fp32` trains fp32 copies while the model computes in the dtype it had.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class TrainedModules:
 def train_in_fp32(model: torch.nn.Module) -> TrainedModules:
     """Train the `modules_to_save` copies of a PEFT model in fp32, computing as before.
 
-    Embedding and norm outputs are cast back to the dtype the copies had, a tied output head casts
-    its weight instead, so activations, and what flash kernels are given, keep their dtype.
+    Norms and a tied output head read their weights in the dtype that the copies had, embeddings
+    cast what they look up: activations keep their dtype, and fused norms are given one dtype.
 
     Returns:
         What is trained, for the log.
@@ -74,11 +74,30 @@ def _compute_in(module: torch.nn.Module, dtype: torch.dtype) -> None:
         module.forward = linear
         return
     if not isinstance(module, torch.nn.Embedding):
-        module.register_forward_pre_hook(_input_in_the_weights_dtype)
+        _read_in(module, dtype)
     module.register_forward_hook(lambda _module, _args, output: output.to(dtype))
 
 
-def _input_in_the_weights_dtype(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    # Some kernels (LayerNorm on CUDA) want input and weight alike. Not always fp32: DeepSpeed
-    # casts the module and keeps masters of its own.
-    return (args[0].to(next(module.parameters()).dtype), *args[1:])
+def _read_in(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Have the module's code, whatever norm it is, read its fp32 parameters in `dtype`."""
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    own = type(module)
+    reads = {name: _ReadIn(name, dtype) for name in names}
+    module.__class__ = type(own.__name__, (own,), {"__module__": own.__module__, **reads})
+
+
+class _ReadIn:
+    """An attribute that gives a parameter in another dtype; the parameter stays what it is.
+
+    Without `__set__`, so that FSDP1's plain tensors, which are set on the module, come first.
+    """
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name = name
+        self.dtype = dtype
+
+    def __get__(self, module: torch.nn.Module | None, owner: type) -> Any:
+        if module is None:
+            return self
+        parameter = module._parameters[self.name]
+        return None if parameter is None else parameter.to(self.dtype)

