@@ -68,9 +68,12 @@ yaml-language-server complete and check a recipe whose first line is
 | `lora_r`, `lora_alpha`, `lora_dropout`, `lora_target_*` | yours; where unset, the paper's """
         + _lora_defaults()
         + """ |
-| `attn_implementation` | `flash_attention_2` (`_3`, `_4`), `sdpa`, `flex_attention`, `eager`; FlexAttention needs a number of query heads that is a power of two, otherwise transformers repeats K and V |
+| `attn_implementation` | `flash_attention_2` (`_3`, `_4`), `sdpa`, `flex_attention`, `eager` |
 | `sample_packing` | supported: documents never mix |
 | `model_config` | merged with what RoPE needs; RoPE keys of your own there need `rope: none` |
+
+FlexAttention shares grouped K and V where the number of query heads is a power of two; for others
+transformers repeats K and V for each query head, which takes their memory many times.
 """
     )
 
