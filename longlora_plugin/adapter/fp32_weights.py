@@ -17,7 +17,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class TrainedModules:
-    """What is trained beside LoRA.
+    """What is trained in addition to LoRA.
 
     Attributes:
         modules: number of trained copies.

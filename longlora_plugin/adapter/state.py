@@ -16,14 +16,31 @@ from typing import Any
 
 import torch
 
-from longlora_plugin.checkpoints.files import whole_file
+from longlora_plugin.checkpoints.files import ADAPTER_FILES, whole_file
 
-ADAPTER_FILE = "adapter_model.safetensors"
 WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 """What activation checkpointing, FSDP and torch.compile put into parameter names."""
 
+ADAPTER = "default"
+PREFIX = "base_model.model."
+WRAPPED_IN = (
+    ".base_layer",
+    ".original_module",
+    f".modules_to_save.{ADAPTER}",
+    ".token_adapter",
+)
+"""What PEFT puts between a module and its tensors."""
 
-def name_in_file(parameter: str, adapter: str = "default") -> str:
+
+def plain_name(name: str) -> str:
+    """A PEFT model's name of a module or tensor as the base model has it."""
+    name = name.removeprefix(PREFIX)
+    for part in WRAPPED_IN:
+        name = f".{name}".replace(part, "").removeprefix(".")
+    return name
+
+
+def name_in_file(parameter: str, adapter: str = ADAPTER) -> str:
     """The name PEFT's file has for a trained parameter of a PEFT model."""
     for wrapper in WRAPPERS:
         parameter = parameter.replace(wrapper, "")
@@ -50,13 +67,13 @@ def gather_adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     parameters = trained_parameters(model)
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     whole: dict[str, torch.Tensor] = {}
-    held: dict[int, str] = {}
+    seen: dict[int, str] = {}
     for name, parameter in parameters.items():
-        if id(parameter) in held:
+        if id(parameter) in seen:
             if first:
-                whole[name] = whole[held[id(parameter)]].clone()
+                whole[name] = whole[seen[id(parameter)]].clone()
             continue
-        held[id(parameter)] = name
+        seen[id(parameter)] = name
         tensor = _whole(parameter)
         if first:
             whole[name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
@@ -101,11 +118,38 @@ def load_adapter_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tenso
                 parameter.copy_(values[key])
 
 
-def read_adapter_state(folder: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter's folder, as saved."""
+def read_adapter_state(folder: str | Path, **hub: Any) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's folder, as saved, or of a hub repository (`revision`, …)."""
     from peft.utils import load_peft_weights
 
-    return load_peft_weights(str(folder), device="cpu")
+    return load_peft_weights(str(folder), device="cpu", **hub)
+
+
+def match_rows(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a base model as many rows of embeddings as an adapter's tensors have.
+
+    Training with added tokens makes the table longer, and PEFT then refuses the base model.
+
+    Args:
+        tensors: of the adapter, as saved.
+    """
+    rows = _rows(model, tensors)
+    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _rows(model: Any, tensors: Mapping[str, torch.Tensor]) -> int | None:
+    """Rows of embeddings or output head in an adapter; None where it has neither."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {name for name, module in model.named_modules() if any(module is t for t in tables)}
+    for saved, tensor in tensors.items():
+        for name in names:
+            field = plain_name(saved).removeprefix(f"{name}.")
+            if field in ("weight", "lora_B.weight"):
+                return int(tensor.shape[0])
+            if field == "lora_embedding_A":
+                return int(tensor.shape[1])
+    return None
 
 
 def save_adapter_state(
@@ -114,13 +158,13 @@ def save_adapter_state(
     """Write an adapter's tensors; an existing file is replaced only by a complete one.
 
     Args:
-        into: keep what else an existing file holds. PEFT saves an output head beside embeddings
-            that new tokens made longer.
+        into: keep what else an existing file holds. PEFT saves an output head in addition to
+            embeddings that new tokens made longer.
     """
     from safetensors.torch import load_file, save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / ADAPTER_FILE
+    file = folder / ADAPTER_FILES[0]
     if into and file.is_file():
         tensors = {**load_file(file), **tensors}
     with whole_file(file) as partial:

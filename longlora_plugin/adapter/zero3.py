@@ -27,25 +27,25 @@ class ZeRO3HookGuard:
     """
 
     def __init__(self) -> None:
-        self._stock: Any = None
+        self._original: Any = None
 
     def install(self) -> ZeRO3HookGuard:
-        stock = AuxiliaryTrainingWrapper.__getattr__
-        if self._stock is not None or hasattr(stock, "__wrapped__"):
+        original = AuxiliaryTrainingWrapper.__getattr__
+        if self._original is not None or hasattr(original, "__wrapped__"):
             return self
 
-        @functools.wraps(stock)
+        @functools.wraps(original)
         def __getattr__(wrapper: Any, name: str) -> Any:  # noqa: N807  (it becomes a method)
             if name in DEEPSPEED_MARKS:
                 raise AttributeError(f"{type(wrapper).__name__!r} object has no attribute {name!r}")
-            return stock(wrapper, name)
+            return original(wrapper, name)
 
-        self._stock = stock
+        self._original = original
         AuxiliaryTrainingWrapper.__getattr__ = __getattr__
         return self
 
     def remove(self) -> None:
         """PEFT's own behaviour is back."""
-        if self._stock is not None:
-            AuxiliaryTrainingWrapper.__getattr__ = self._stock
-            self._stock = None
+        if self._original is not None:
+            AuxiliaryTrainingWrapper.__getattr__ = self._original
+            self._original = None

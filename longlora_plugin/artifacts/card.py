@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longlora_plugin.artifacts.manifest import FILE, Manifest
-from longlora_plugin.checkpoints.files import whole_file
+from longlora_plugin.checkpoints.files import write_text
 
 Kind = Literal["adapter", "model", "merged"]
 BEGIN, END = "<!-- longlora: begin -->", "<!-- longlora: end -->"
@@ -51,8 +51,7 @@ def write_card(folder: Path, manifest: Manifest, kind: Kind, *, name: str | None
         + "\n",
         ignore_metadata_errors=True,
     )
-    with whole_file(path) as partial:
-        partial.write_text(str(card), encoding="utf-8")
+    write_text(path, str(card))
 
 
 def _name(folder: Path) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longlora_plugin.artifacts.manifest import read_manifest
+from longlora_plugin.checkpoints.files import read_json
 
 Verdict = Literal["equal", "different", "refused", "not tried"]
 ROPE_KEYS = ("rope_parameters", "max_position_embeddings")
@@ -180,12 +181,12 @@ def describe(folder: Path) -> Saved:
         raise ValueError(
             f"{folder} has no config.json; give the folder that training or merging wrote"
         )
-    config = _read(config_file)
+    config = read_json(config_file)
     text = {**config, **(config.get("text_config") or {})}
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if any(isinstance(value, Mapping) for value in rope.values()):
         rope = rope.get("full_attention") or {}
-    adapter = _read(adapter_file) if adapter_file.is_file() else {}
+    adapter = read_json(adapter_file) if adapter_file.is_file() else {}
     manifest = read_manifest(folder)
     tokenizer = folder / "tokenizer_config.json"
     return Saved(
@@ -199,7 +200,9 @@ def describe(folder: Path) -> Saved:
         rope_fields={key: text[key] for key in ROPE_KEYS if key in text},
         has_old="rope_theta" in text or "rope_scaling" in text,
         has_new="rope_parameters" in text,
-        tokenizer_class=_read(tokenizer).get("tokenizer_class") if tokenizer.is_file() else None,
+        tokenizer_class=read_json(tokenizer).get("tokenizer_class")
+        if tokenizer.is_file()
+        else None,
     )
 
 
@@ -284,13 +287,3 @@ def matrix() -> dict[tuple[str, str, str], dict[str, Any]]:
     """(engine, model type, RoPE type) → the measured row."""
     rows = json.loads(MATRIX.read_text(encoding="utf-8"))["rows"]
     return {(row["engine"], row["model_type"], row["rope"]): row for row in rows}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path} is not valid JSON: it is damaged or cut off") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return content

@@ -7,11 +7,13 @@ PEFT and transformers take an adapter's RoPE from the base model, so that
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.artifacts.manifest import FILE, Manifest, read_manifest
+from longlora_plugin.artifacts.manifest import FILE, read_manifest
+from longlora_plugin.checkpoints.files import ADAPTER_CONFIG, read_json
+from longlora_plugin.checkpoints.run_config import for_base_weights, trained_config
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 AUTO_CLASSES = {
@@ -42,7 +44,7 @@ def load_model(path_or_name: str | Path, **kwargs: Any) -> Any:
         path_or_name = str(Path(path_or_name).expanduser())
         if not Path(path_or_name).is_dir():
             raise ValueError(f"there is no folder {path_or_name}; give a folder or a hub name")
-    if _file(path_or_name, "adapter_config.json", hub):
+    if _file(path_or_name, ADAPTER_CONFIG, hub):
         return _load_adapter(path_or_name, hub, kwargs)
     if not _file(path_or_name, "config.json", hub):
         raise ValueError(
@@ -56,9 +58,8 @@ def load_model(path_or_name: str | Path, **kwargs: Any) -> Any:
 
 def _load_adapter(name: str | Path, hub: dict[str, Any], options: dict[str, Any]) -> Any:
     import transformers
-    from peft import PeftModel
 
-    adapter = json.loads(Path(str(_file(name, "adapter_config.json", hub))).read_text())
+    adapter = read_json(Path(str(_file(name, ADAPTER_CONFIG, hub))))
     base = adapter.get("base_model_name_or_path")
     if not base:
         raise ValueError(
@@ -78,66 +79,55 @@ def _load_adapter(name: str | Path, hub: dict[str, Any], options: dict[str, Any]
     model = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
         base, config=_config(name, base, hub, at_base), **at_base, **options
     )
-    match_vocabulary(model, _rows(name, hub))
-    return PeftModel.from_pretrained(model, str(name), **hub).eval()
+    return put_on(model, name, **hub)
 
 
 def _config(name: str | Path, base: str, hub: dict[str, Any], at_base: dict[str, Any]) -> Any:
     """The config that the adapter was trained with, as its base model's weights can be loaded."""
     from transformers import AutoConfig
 
-    original = AutoConfig.from_pretrained(base, **at_base)
-    manifest = _manifest(name, hub)
-    config = original
-    if _file(name, "config.json", hub):
-        config = AutoConfig.from_pretrained(str(name), **hub)
-        if hasattr(config, "quantization_config") and not hasattr(original, "quantization_config"):
-            # How training loaded the base model (QLoRA); its own weights are not stored so.
-            del config.quantization_config
-        # The rows of added tokens are the adapter's: they are appended after loading.
-        config.get_text_config().vocab_size = original.get_text_config().vocab_size
-    elif manifest is None:
+    saved = _file(name, "config.json", hub) or _file(name, FILE, hub)
+    if saved is None:
         raise ValueError(
             f"{name} has neither {FILE} nor config.json, so how RoPE was scaled is not known; copy "
             "config.json from the run's output_dir into it"
         )
+    _file(name, FILE, hub)  # into the same folder, from a hub
+    return config_of_adapter(AutoConfig.from_pretrained(base, **at_base), Path(saved).parent)[0]
+
+
+def config_of_adapter(
+    base_config: Any, folder: Path, recipe: Mapping[str, Any] | None = None
+) -> tuple[Any, list[str]]:
+    """The config that an adapter was trained with, as its base model's weights can be loaded.
+
+    Args:
+        folder: of the adapter.
+        recipe: fields of the config that the recipe sets by now; None where there is no recipe.
+
+    Returns:
+        The config, and a line for each field in which the recipe disagrees with the run.
+
+    Raises:
+        ValueError: what the run saved cannot be read, or is of another kind of model.
+    """
+    trained, notes = trained_config(base_config, folder, recipe or {})
+    config = for_base_weights(trained, base_config)
+    manifest = read_manifest(folder)
     # A later run into the same folder may have replaced config.json before its first save.
     for field, value in (manifest.config_fields if manifest else {}).items():
         setattr(config.get_text_config(), field, value)
-    return config
+    return config, [] if recipe is None else notes
 
 
-def match_vocabulary(model: Any, rows: int | None) -> None:
-    """Give a base model as many embedding rows as an adapter's trained copy has.
+def put_on(model: Any, adapter: str | Path, **hub: Any) -> Any:
+    """A `PeftModel` of a base model and a saved adapter, in evaluation mode."""
+    from peft import PeftModel
 
-    Training with new tokens enlarges the embedding, and PEFT then refuses the base model.
+    from longlora_plugin.adapter.state import match_rows, read_adapter_state
 
-    Args:
-        rows: of the trained copy; None where the adapter has none.
-    """
-    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-
-
-def embedding_rows(weights: Path) -> int | None:
-    """Rows of the trained input embedding in an adapter's safetensors file; None without one."""
-    from safetensors import safe_open
-
-    with safe_open(str(weights), framework="numpy") as tensors:
-        for name in tensors.keys():  # noqa: SIM118  (safe_open is not a mapping)
-            if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight")):
-                return int(tensors.get_slice(name).get_shape()[0])
-    return None
-
-
-def _rows(name: str | Path, hub: dict[str, Any]) -> int | None:
-    weights = _file(name, "adapter_model.safetensors", hub)
-    return embedding_rows(Path(weights)) if weights else None
-
-
-def _manifest(name: str | Path, hub: dict[str, Any]) -> Manifest | None:
-    file = _file(name, FILE, hub)
-    return read_manifest(Path(file).parent) if file else None
+    match_rows(model, read_adapter_state(adapter, **hub))
+    return PeftModel.from_pretrained(model, str(adapter), **hub).eval()
 
 
 def _file(name: str | Path, file: str, hub: dict[str, Any]) -> str | None:

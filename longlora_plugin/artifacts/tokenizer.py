@@ -7,10 +7,9 @@ TokenizersBackend does not exist"); llama.cpp's converter uses transformers 4. B
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from longlora_plugin.checkpoints.files import write_json
+from longlora_plugin.checkpoints.files import read_json, write_json
 
 NEW, OLD = "TokenizersBackend", "PreTrainedTokenizerFast"
 
@@ -20,7 +19,7 @@ def name_for_older_readers(folder: Path) -> bool:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return False
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     if content.get("tokenizer_class") != NEW:
         return False
     write_json(path, {**content, "tokenizer_class": OLD})

@@ -106,11 +106,32 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, sorted and indented, in one step."""
-    with whole_file(path) as partial:
-        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-        partial.write_text(text + "\n", encoding="utf-8")
+def as_json(content: Any, *, sort_keys: bool = False) -> str:
+    """Anything as the text of a JSON file, indented."""
+    text = json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False, default=str)
+    return text + "\n"
+
+
+def write_json(path: Path, content: Mapping[str, Any], *, sort_keys: bool = True) -> None:
+    """Write a JSON file in one step."""
+    write_text(path, as_json(content, sort_keys=sort_keys))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON, it was cut off or damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,7 +10,6 @@ models answer garbage until someone remembers to: position interpolation with th
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import shutil
@@ -20,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.checkpoints.files import TOKENIZER_FILES, whole_file, write_json
+from longlora_plugin.checkpoints.files import TOKENIZER_FILES, read_json, whole_file, write_json
 
 PREFIX = "base_model.model."
 LORA_FILE, TRAINED_FILE, WHOLE_FILE = "adapter_model", "trainable_params", "pytorch_model"
 WHOLE_FILES = (WHOLE_FILE, "model")
 TRAINED_PARTS = ("embed", "norm")
-"""What the original trained beside LoRA: every weight with one of these in its name."""
+"""What the original trained in addition to LoRA: every weight with one of these in its name."""
 SELECTS_LAYERS = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
 ORIGINAL_ALPHA = 16
 """α of the original's recipes, for a checkpoint without adapter_config.json."""
@@ -192,12 +191,7 @@ def _adapter_config(
     source: Path, lora: Mapping[str, Any], trained: Mapping[str, Any]
 ) -> dict[str, Any]:
     path = source / "adapter_config.json"
-    config: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ValueError(f"{path} is not valid JSON") from None
+    config = read_json(path) if path.is_file() else {}
     ranks = {tensor.shape[0] for name, tensor in lora.items() if "lora_A" in name}
     if len(ranks) != 1 or config.get("r", min(ranks)) not in ranks:
         raise ValueError(
@@ -228,14 +222,14 @@ def _targets(lora: Mapping[str, Any]) -> list[str]:
 
 
 def _context(source: Path) -> int | None:
-    """The trained context, from a config.json beside the checkpoint or the folder's name."""
+    """The trained context, from a config.json next to the checkpoint or the folder's name."""
     path = source / "config.json"
     if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
         longest = config.get("max_position_embeddings")
         if longest and scaling.get("factor"):
-            # The original kept the base's maximum beside a factor.
+            # The original kept the base's maximum where it had a factor.
             return int(longest * scaling["factor"])
     named = re.findall(r"(?:^|[-_])(\d+)k(?:[-_]|$)", source.resolve().name, flags=re.IGNORECASE)
     return int(named[-1]) * 1024 if named else None

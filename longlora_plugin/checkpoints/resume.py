@@ -8,7 +8,7 @@ newest checkpoint; what is missing then starts anew without a word.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +44,12 @@ def why_not_resumable(
     return next(_damage(folder, weights_only), None)
 
 
-def choose_checkpoint(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Which checkpoint a recipe resumes from.
+def check_adapter(start: Any) -> None:
+    """Raise ValueError unless the adapter that a run continues from can be loaded.
 
     Args:
-        recipe: the raw recipe; `resume_from_checkpoint`, `auto_resume_from_checkpoints`,
-            `output_dir`, `save_only_model`, `lora_model_dir` are read.
-
-    Returns:
-        The keys to write into the recipe, and warnings: one for each folder that is passed over.
-
-    Raises:
-        ValueError: the checkpoint or the adapter that the recipe names cannot be used.
+        start: the recipe's `lora_model_dir`; a name on the hub is not looked at.
     """
-    expected = {
-        "weights_only": bool(recipe.get("save_only_model")),
-        "adapter": bool(recipe.get("adapter")),
-    }
-    output_dir = Path(recipe.get("output_dir") or "./model-out")
-    named = recipe.get("resume_from_checkpoint")
-    start = recipe.get("lora_model_dir")
     if start and (Path(start).exists() or str(start).startswith((".", "/"))):
         problem = why_no_adapter(Path(start))
         if problem:
@@ -71,6 +57,31 @@ def choose_checkpoint(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
                 f"lora_model_dir: {start} holds no adapter: {problem}; name a folder with "
                 "adapter_config.json and adapter_model.safetensors"
             )
+
+
+def choose_checkpoint(
+    output_dir: Path,
+    *,
+    named: Any = None,
+    newest: bool = False,
+    weights_only: bool = False,
+    adapter: bool = False,
+) -> tuple[dict[str, Any], list[str]]:
+    """Which checkpoint a run resumes from.
+
+    Args:
+        output_dir: of the run.
+        named: the recipe's `resume_from_checkpoint`.
+        newest: its `auto_resume_from_checkpoints`.
+        weights_only, adapter: as in `why_not_resumable`.
+
+    Returns:
+        The keys to write into the recipe, and warnings: one for each folder that is passed over.
+
+    Raises:
+        ValueError: the checkpoint that the recipe names cannot be used.
+    """
+    expected = {"weights_only": weights_only, "adapter": adapter}
     if named and isinstance(named, str | Path):
         problem = why_not_resumable(Path(named), **expected)
         if problem is None:
@@ -84,7 +95,7 @@ def choose_checkpoint(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
                 else f"{output_dir} has no complete checkpoint: remove resume_from_checkpoint"
             )
         )
-    if not recipe.get("auto_resume_from_checkpoints") or not checkpoints(output_dir):
+    if not newest or not checkpoints(output_dir):
         return {}, []
     good, skipped = _last_good(output_dir, expected)
     warnings = [f"{folder} is passed over: {problem}" for folder, problem in skipped.items()]

@@ -7,13 +7,18 @@ was trained: the recipe may have changed since, or had keys overridden on the co
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from longlora_plugin.checkpoints.files import read_json
 from longlora_plugin.rope.base_config import rope_parameters_of, text_config_of
-from longlora_plugin.rope.spelling import OLD_NAMES, write_rope
+from longlora_plugin.rope.spelling import (
+    OLD_NAMES,
+    ORIGINAL,
+    keep_both_spellings,
+    write_rope,
+)
 
 NOT_OF_THE_MODEL = {
     "quantization_config",
@@ -29,6 +34,8 @@ NOT_OF_THE_MODEL = {
     "_experts_implementation",
 }
 """What training sets for itself (quantization, precision, caching) and what is the base's own."""
+OF_TOKENS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+"""What tokens that a run adds change."""
 
 
 def trained_config(
@@ -37,44 +44,75 @@ def trained_config(
     """The transformers config of the trained model.
 
     Args:
-        base: the base model's transformers config.
-        adapter_dir: folder of the adapter, with the run's config.json where the run saved one.
-        recipe: fields of the config that the recipe sets.
+        base: the base model's transformers config; not changed.
+        adapter_dir: folder of the adapter, with the run's config.json where the run saved one; the
+            recipe's config counts where it did not.
+        recipe: fields of the config that the recipe sets by now.
 
     Returns:
         The config, and a line for each field in which the recipe disagrees with the run.
 
     Raises:
-        ValueError: the run's config is of another kind of model.
+        ValueError: the run's config cannot be read, or is of another kind of model.
     """
     planned = copy.deepcopy(base)
     for name, value in recipe.items():
-        setattr(planned, name, value)
+        setattr(planned, name, copy.deepcopy(value))
     path = adapter_dir / "config.json"
     if not path.is_file():
         return planned, []
-    run = json.loads(path.read_text(encoding="utf-8"))
-    if run.get("model_type") != base.model_type:
-        raise ValueError(
-            f"the run's {path} is of a {run.get('model_type')} model, the base model is "
-            f"{base.model_type}: write the base_model it was trained on"
-        )
-    trained = type(base).from_pretrained(adapter_dir)
-    values = {name: (_field(planned, name), _field(trained, name)) for name in recipe}
+    try:
+        kind = read_json(path).get("model_type")
+        if kind != base.model_type:
+            raise ValueError(
+                f"it is of a {kind} model, the base model is {base.model_type}: write the "
+                "base_model it was trained on"
+            )
+        trained = type(base).from_pretrained(adapter_dir)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the run's {path} cannot be used: {error}") from None
+    expected, found = _fields(planned), _fields(trained)
     return trained, [
-        f"{name}: the run was trained with {found}, the recipe says {expected}; it counts as it "
-        "was trained"
-        for name, (expected, found) in values.items()
-        if expected != found
+        f"{name}: the run was trained with {found.get(name)}, the recipe says "
+        f"{expected.get(name)}; it counts as it was trained"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
     ]
 
 
-def _field(config: Any, name: str) -> Any:
-    """A field's value; RoPE, which has several spellings, as a whole."""
-    if name in ("rope_parameters", "rope_scaling", "rope_theta"):
-        written = rope_parameters_of(config)
-        return {key: value for key, value in written.items() if key != "attention_factor"}
-    return config.to_dict().get(name)
+def for_base_weights(trained: Any, base: Any) -> Any:
+    """A copy of a trained model's config with which the base model's weights can be loaded.
+
+    They are quantized as the base's are, and rows of added tokens are appended after loading.
+    """
+    config = copy.deepcopy(trained)
+    if hasattr(config, "quantization_config") and not hasattr(base, "quantization_config"):
+        del config.quantization_config
+    for ours, theirs in ((config, base), (text_config_of(config), text_config_of(base))):
+        for name in OF_TOKENS:
+            if hasattr(theirs, name):
+                setattr(ours, name, getattr(theirs, name))
+    return config
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """What decides a model, RoPE in the one spelling that counts however it was written."""
+    written = copy.deepcopy(config)
+    keep_both_spellings(written)
+    read = type(config).from_dict(written.to_dict())
+    skipped = {*NOT_OF_THE_MODEL, *OF_TOKENS, *OLD_NAMES}
+    if not hasattr(type(config)(), ORIGINAL):
+        skipped.add(ORIGINAL)  # of the families' own fields only Phi-3 has it
+    fields = _without(read.to_dict(), skipped)
+    return {**fields, "rope_parameters": rope_parameters_of(read)}
+
+
+def _without(fields: Mapping[str, Any], skipped: Container[str]) -> dict[str, Any]:
+    return {
+        name: _without(value, skipped) if isinstance(value, Mapping) else value
+        for name, value in fields.items()
+        if name not in skipped
+    }
 
 
 def config_json(raw: Mapping[str, Any], base: Any, trained: Any) -> dict[str, Any]:

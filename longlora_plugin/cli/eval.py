@@ -55,7 +55,8 @@ def command(options: PerplexityOptions, choice: ModelChoice, files: Files, recip
 
 def _corpora(run: Measuring, options: PerplexityOptions) -> dict[str, Corpus]:
     """The text in the tokens of each model."""
-    from longlora_plugin.evaluation.data import held_out_data, read_corpus
+    from longlora_plugin.evaluation.data import read_corpus
+    from longlora_plugin.run.recipe import held_out_data
 
     data, text_field = list(options.data), options.text_field
     if not data:

@@ -36,14 +36,13 @@ def command(source: Path, target: Path, base_model: str | None, context: int | N
 
 def _check(target: Path) -> None:
     """Load the adapter on its base, without weights; one that does not load is no adapter."""
-    import json
-
     from transformers import AutoConfig
 
+    from longlora_plugin.checkpoints.files import read_json
     from longlora_plugin.merge.folder import Source, open_adapter
 
     path = target / "adapter_config.json"
-    base_model = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base_model = read_json(path)["base_model_name_or_path"]
     try:
         base_config = AutoConfig.from_pretrained(base_model)
     except (OSError, ValueError, TypeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from longlora_plugin.cli.dataclass_options import dataclass_options
+from longlora_plugin.checkpoints.files import as_json, write_text
+from longlora_plugin.cli.options import options_of
 from longlora_plugin.longqa.documents import Limits
 from longlora_plugin.longqa.endpoint import Requests
 from longlora_plugin.longqa.settings import Settings
@@ -35,7 +35,7 @@ def command() -> None:
 @click.argument("out", type=FILE)
 @click.option("--tokenizer", required=True, help="Folder or name of the model's tokenizer.")
 @click.option("--context", required=True, type=POSITIVE, help="Tokens a row may have, as trained.")
-@dataclass_options(Settings)
+@options_of(Settings)
 @click.option(
     "--short",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -44,9 +44,9 @@ def command() -> None:
 @click.option(
     "--short-share", type=SHARE, help="Share of short rows.  [default with --short: 0.25]"
 )
-@dataclass_options(Limits)
+@options_of(Limits)
 @click.option("--model", help="Model at the endpoint.")
-@dataclass_options(Requests)
+@options_of(Requests)
 @click.option("--dry-run", is_flag=True, help="Say what would be asked and cost; write nothing.")
 @click.option("--strict", is_flag=True, help="Exit with 3 where a document was skipped.")
 @click.option("--json", "json_path", type=FILE, help="Write the report here.")
@@ -66,7 +66,7 @@ def build(source: Path, out: Path, **options: Any) -> None:
         raise click.UsageError(str(error)) from error
     _show_report(report, source, out, dry_run=options["dry_run"])
     if options["json_path"]:
-        _write_json(options["json_path"], report.as_json())
+        write_text(options["json_path"], as_json(report.as_json()))
     exit_code = report.exit_code
     if options["strict"] and report.skipped and exit_code == 0:
         exit_code = 3
@@ -240,7 +240,7 @@ def stats(
         per_file = [
             {"file": str(path), **one.as_json()} for path, one in zip(files, alone, strict=True)
         ]
-        _write_json(json_path, {**total.as_json(), "by_file": per_file})
+        write_text(json_path, as_json({**total.as_json(), "by_file": per_file}))
     if plot:
         if not every:
             raise ValueError("there are no pairs to draw")
@@ -269,11 +269,3 @@ def _show_stats(total: Statistics) -> None:
     console.print(table)
     for warning in total.warnings:
         console.print(f"[yellow]warning[/] {escape(warning)}", highlight=False)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise click.ClickException(f"{path} cannot be written: {error.strerror}") from None

@@ -36,7 +36,7 @@ class Measuring:
         """
         from transformers.utils import logging
 
-        from longlora_plugin.evaluation.models import model_sources, rope_notes
+        from longlora_plugin.evaluation.models import model_sources
         from longlora_plugin.evaluation.processes import Processes
         from longlora_plugin.run.recipe import read_recipe
 
@@ -56,14 +56,14 @@ class Measuring:
             device_map=choice.device_map,
         )
         logging.disable_progress_bar()
-        for note in rope_notes(sources):
+        for note in dict.fromkeys(note for source in sources for note in source.notes):
             out.note(note)
         return cls(recipe, sources, processes, out)
 
     @cached_property
     def base_context(self) -> int:
         """Tokens that the base model handles as it is."""
-        from longlora_plugin.evaluation.models import base_context
+        from longlora_plugin.run.loading import base_context
 
         return base_context(self.recipe, self.recipe.base_config())
 
@@ -88,14 +88,14 @@ class Measuring:
 
     def sweep(self, experiment: Experiment) -> list[Row]:
         """All rows of an experiment; with `--json -` they are printed."""
-        from longlora_plugin.evaluation.models import choose_dtype
         from longlora_plugin.evaluation.sweep import Listener, sweep
+        from longlora_plugin.run.loading import choose_dtype
 
         with self.out.progress() as progress:
             rows = sweep(
                 experiment,
                 self.sources,
-                dtype=choose_dtype(self.recipe.raw, self.processes.device),
+                dtype=choose_dtype(self.recipe, self.processes.device),
                 processes=self.processes,
                 json_path=self.out.json_file,
                 listener=Listener(self.out.note, progress),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import click
+
+Command = Callable[..., Any]
 
 
 class Listed(click.ParamType):
@@ -57,47 +59,68 @@ class Words(Listed):
     name = "words"
 
 
-def options_from(*settings: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command an option for each field; it is called with one object for each dataclass.
+def options_of(kind: type) -> Callable[[Command], Command]:
+    """Give a command an option for each field of a dataclass that has a help text."""
+    hints = get_type_hints(kind)
 
-    The objects come first, in the order of `settings`.
-    """
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def command(**given: Any) -> Any:
-            made = [
-                kind(**{each.name: given.pop(each.name) for each in dataclasses.fields(kind)})
-                for kind in settings
-            ]
-            return function(*made, **given)
-
-        for kind in reversed(settings):
-            hints = get_type_hints(kind)
-            for each in reversed(dataclasses.fields(kind)):
+    def decorate(command: Command) -> Command:
+        for each in reversed(dataclasses.fields(kind)):
+            if "help" in each.metadata:
                 command = _option(each, hints[each.name])(command)
         return command
 
     return decorate
 
 
+def options_from(*settings: type) -> Callable[[Command], Command]:
+    """Give a command the options of dataclasses; it is called with one object for each of them.
+
+    The objects come first, in the order of `settings`.
+    """
+
+    def decorate(function: Command) -> Command:
+        @functools.wraps(function)
+        def call(**given: Any) -> Any:
+            made = [
+                kind(**{each.name: given.pop(each.name) for each in dataclasses.fields(kind)})
+                for kind in settings
+            ]
+            return function(*made, **given)
+
+        command: Command = call
+        for kind in reversed(settings):
+            command = options_of(kind)(command)
+        return command
+
+    return decorate
+
+
 def _option(each: dataclasses.Field[Any], hint: Any) -> Callable[[Any], Any]:
-    more: dict[str, Any] = {"help": each.metadata["help"], "metavar": each.metadata.get("metavar")}
-    name = each.metadata.get("flag", f"--{each.name.replace('_', '-')}")
+    facts, default = each.metadata, each.default
+    more: dict[str, Any] = {"help": facts["help"], "metavar": facts.get("metavar")}
+    name = f"--{facts.get('flag', each.name.replace('_', '-'))}"
     if hint is bool:
-        return click.option(name, each.name, is_flag=True, default=each.default, **more)
-    if each.metadata.get("repeatable"):
-        return click.option(name, each.name, multiple=True, **more)
-    if each.default not in (None, ()):
-        default = each.default
+        return click.option(name, each.name, is_flag=True, default=default, **more)
+    if facts.get("repeatable"):
+        kind = _click_type(str, facts)
+        return click.option(
+            name,
+            each.name,
+            type=kind,
+            multiple=True,
+            callback=lambda ctx, param, value: tuple(value) or default,
+            **more,
+        )
+    if default not in (None, ()):
         more["show_default"] = (
             ",".join(f"{part:g}" for part in default) if isinstance(default, tuple) else True
         )
-    kind = _click_type(hint, each.metadata.get("minimum"))
-    return click.option(name, each.name, type=kind, default=each.default, **more)
+    return click.option(name, each.name, type=_click_type(hint, facts), default=default, **more)
 
 
-def _click_type(hint: Any, minimum: int | None) -> Any:
+def _click_type(hint: Any, facts: Mapping[str, Any]) -> Any:
+    if "choices" in facts:
+        return click.Choice(facts["choices"])
     if get_origin(hint) in (Union, UnionType):
         hint = next(kind for kind in get_args(hint) if kind is not NoneType)
     if get_origin(hint) is Literal:
@@ -105,8 +128,10 @@ def _click_type(hint: Any, minimum: int | None) -> Any:
     if get_origin(hint) is tuple:
         of = get_args(hint)[0]
         return Integers() if of is int else Words() if of is str else Depths()
-    if hint is int and minimum is not None:
-        return click.IntRange(min=minimum)
+    if hint in (int, float) and {"min", "max", "below"} & facts.keys():
+        limits = click.IntRange if hint is int else click.FloatRange
+        top = facts.get("below", facts.get("max"))
+        return limits(facts.get("min"), top, max_open="below" in facts)
     return hint
 
 

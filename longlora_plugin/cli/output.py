@@ -66,8 +66,7 @@ class Output:
 
     def write_json(self, content: Any, what: str = "figures") -> None:
         """Write a whole result to `--json`, if that was asked for."""
-        from longlora_plugin.checkpoints.files import write_text
-        from longlora_plugin.evaluation.results import as_json
+        from longlora_plugin.checkpoints.files import as_json, write_text
 
         if self.json_path is None or self.quiet:
             return

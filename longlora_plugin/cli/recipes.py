@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from longlora_plugin.checkpoints.files import as_json
 from longlora_plugin.cli.options import json_option
 from longlora_plugin.cli.output import Output
 
@@ -157,7 +157,7 @@ def schema(output: str | None) -> None:
     """JSON Schema of the longlora: block, for editors."""
     from longlora_plugin.recipes.schema import recipe_schema
 
-    text = json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
+    text = as_json(recipe_schema())
     if output is None:
         click.echo(text, nl=False)
         return

@@ -7,7 +7,7 @@ file; what is said of a wrong one is ours.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,34 +258,3 @@ def _read_dataset(name: str, text_field: str, split: str | None, stream: bool) -
         ) from None
     for number, row in enumerate(rows, 1):
         yield _text_of(row, f"{name}, {split} row {number}", text_field)
-
-
-def held_out_data(raw: Mapping[str, Any], held_out: str | None = None) -> tuple[list[str], str]:
-    """Held-out data that a recipe names: paths, and their text field.
-
-    Args:
-        raw: the recipe; its `test_datasets` are taken where `held_out` is not set.
-        held_out: `longlora.held_out`.
-
-    Raises:
-        ValueError: it names none; says to give the data.
-    """
-    if held_out:
-        return [held_out], "text"
-    paths: list[str] = []
-    text_field = "text"
-    for entry in raw.get("test_datasets") or []:
-        files = entry.get("data_files") or entry.get("path")
-        paths += [files] if isinstance(files, str) else list(files or [])
-        kind = entry.get("type")
-        text_field = (
-            entry.get("field")
-            or (kind.get("field") if isinstance(kind, Mapping) else None)
-            or text_field
-        )
-    if not paths:
-        raise ValueError(
-            "no data to evaluate on: the recipe has neither longlora.held_out nor test_datasets. "
-            "Give --data FILE, a folder or a dataset's name"
-        )
-    return paths, text_field

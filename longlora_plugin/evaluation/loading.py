@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.checkpoints.files import ADAPTER_CONFIG, weight_files
+from longlora_plugin.artifacts.load import put_on
+from longlora_plugin.checkpoints.files import ADAPTER_CONFIG, read_json, weight_files
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class ModelSource:
         adapter: folder of a PEFT adapter to put on it.
         quantization: options of `BitsAndBytesConfig`; empty for none.
         load_options: further options of `from_pretrained`.
+        notes: what a user should know of it.
     """
 
     label: str
@@ -68,6 +70,7 @@ class ModelSource:
     adapter: Path | None = None
     quantization: dict[str, Any] = field(default_factory=dict)
     load_options: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def load(self, device: Any, dtype: Any) -> LoadedModel:
         """The model in evaluation mode, with the attention that transformers takes by default.
@@ -86,10 +89,7 @@ class ModelSource:
             self.weights, config=config, dtype=dtype, **options
         )
         if self.adapter is not None:
-            from peft import PeftModel
-
-            _match_vocabulary(model, self.adapter)
-            model = PeftModel.from_pretrained(model, str(self.adapter))
+            model = put_on(model, self.adapter)
         if "device_map" not in options:
             model = model.to(device)
         where = model.get_input_embeddings().weight.device
@@ -108,7 +108,10 @@ class ModelSource:
         """What tells this model from another: weights, adapter, config and quantization."""
         adapter = None
         if self.adapter is not None:
-            adapter = [_fingerprint(str(self.adapter), None), read_adapter_config(self.adapter)]
+            adapter = [
+                _fingerprint(str(self.adapter), None),
+                read_json(self.adapter / ADAPTER_CONFIG),
+            ]
         config = self.config.to_dict()
         for name in ("_name_or_path", "transformers_version"):
             config.pop(name, None)
@@ -141,25 +144,6 @@ def same_tokenizer(left: Any, right: Any) -> bool:
     return bool(left.get_vocab() == right.get_vocab())
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """An adapter's adapter_config.json.
-
-    Raises:
-        ValueError: it is cut off, or something else.
-    """
-    path = folder / ADAPTER_CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}): it was cut off or is another file; save the adapter "
-            "again, or use another checkpoint"
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not the configuration of an adapter: {content!r}")
-    return content
-
-
 def _bitsandbytes(options: dict[str, Any], dtype: Any) -> Any:
     from importlib.util import find_spec
 
@@ -183,20 +167,6 @@ def _tokenizer(name: str, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(f"cannot read a tokenizer from {name!r}: {error}") from None
-
-
-def _match_vocabulary(model: Any, adapter: Path) -> None:
-    """Give the base as many embedding rows as the adapter's trained copy has, if it has one.
-
-    Training with new special tokens enlarges the embedding; PEFT then refuses the base.
-    """
-    from peft.utils.save_and_load import load_peft_weights
-
-    for name, tensor in load_peft_weights(str(adapter), device="cpu").items():
-        if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight")):
-            if len(tensor) != model.get_input_embeddings().weight.shape[0]:
-                model.resize_token_embeddings(len(tensor), mean_resizing=False)
-            return
 
 
 def _fingerprint(name: str, config: Any) -> str:

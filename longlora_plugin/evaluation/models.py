@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.checkpoints.files import ADAPTER_CONFIG, ADAPTER_FILES, is_adapter, is_model
-from longlora_plugin.evaluation.loading import ModelSource, read_adapter_config
-from longlora_plugin.rope import base_context_of
-from longlora_plugin.run.axolotl_keys import value_of
-from longlora_plugin.run.prepare import PreparedRun, asks_for_longlora, prepare_run
+from longlora_plugin.artifacts.load import config_of_adapter
+from longlora_plugin.checkpoints.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    is_adapter,
+    is_model,
+    read_json,
+)
+from longlora_plugin.evaluation.loading import ModelSource
+from longlora_plugin.run.loading import (
+    is_reward_model,
+    load_options_of,
+    prepared_run,
+    quantization_of,
+    tokenizer_of,
+)
 from longlora_plugin.run.recipe import Recipe
 
 BASE, BASE_ROPE, ADAPTER, TRAINED, MERGED = "base", "base+rope", "adapter", "trained", "merged"
-LABELS = (BASE, BASE_ROPE, ADAPTER, TRAINED, MERGED)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 SCORE_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
@@ -43,7 +51,7 @@ def model_sources(
     Raises:
         ValueError: a model that is asked for does not exist, or predicts no next token.
     """
-    if recipe.raw.get("reward_model") or recipe.raw.get("process_reward_model"):
+    if is_reward_model(recipe):
         raise ValueError(
             f"{recipe.path} trains a reward model: it scores a text and predicts no next token, so "
             "it has no perplexity and answers nothing; evaluate the policy model's recipe"
@@ -51,8 +59,8 @@ def model_sources(
     found = _Found(
         recipe,
         Path(adapter).expanduser() if adapter is not None else recipe.output_dir,
-        {} if unquantized else _quantization(recipe.raw),
-        _load_options(recipe.raw, device_map),
+        {} if unquantized else quantization_of(recipe),
+        load_options_of(recipe, device_map),
     )
     models = found.by_label()
     if adapter is not None and ADAPTER not in models:
@@ -93,25 +101,33 @@ class _Found:
 
     def by_label(self) -> dict[str, ModelSource]:
         base_config = self.recipe.base_config()
-        extended = self.extended(base_config)
+        trained = is_adapter(self.adapter)
+        extended, notes = self.extended(base_config, self.adapter if trained else None)
         models = {BASE: self.base(BASE, base_config)}
         if rope_of(extended) != rope_of(base_config):
             models[BASE_ROPE] = self.base(BASE_ROPE, extended)
-        if is_adapter(self.adapter):
-            models[ADAPTER] = self.base(ADAPTER, extended, self.adapter)
+        if trained:
+            models[ADAPTER] = self.base(ADAPTER, extended, self.adapter, notes)
         output = self.recipe.output_dir
         if is_model(output) and not is_adapter(output):
             models[TRAINED] = self.own_config(TRAINED, output)
         return models
 
-    def extended(self, base_config: Any) -> Any:
-        """The config that the recipe trains with."""
-        return prepared_run(self.recipe, base_config).config_of(base_config)
+    def extended(self, base_config: Any, adapter: Path | None) -> tuple[Any, list[str]]:
+        """The config that the adapter was trained with, or that the recipe will train with; and
+        what the recipe says otherwise by now.
+        """
+        run = prepared_run(self.recipe, base_config)
+        if adapter is None:
+            return run.config_of(base_config), []
+        return config_of_adapter(base_config, adapter, run.model_config)
 
-    def base(self, label: str, config: Any, adapter: Path | None = None) -> ModelSource:
+    def base(
+        self, label: str, config: Any, adapter: Path | None = None, notes: Sequence[str] = ()
+    ) -> ModelSource:
         """The recipe's base model, with an adapter or without."""
         _refuse_score_head(label, config, adapter)
-        tokenizer = str(self.recipe.raw.get("tokenizer_config") or self.recipe.base_model)
+        tokenizer = tokenizer_of(self.recipe)
         return ModelSource(
             label,
             self.recipe.base_model,
@@ -120,12 +136,14 @@ class _Found:
             adapter,
             self.quantization,
             self.options,
+            tuple(f"{label}: {note}" for note in notes),
         )
 
     def anywhere(self, label: str, folder: Path) -> ModelSource:
         """A model or an adapter that the user names."""
         if is_adapter(folder):
-            return self.base(label, self.extended(self.recipe.base_config()), folder)
+            config, notes = self.extended(self.recipe.base_config(), folder)
+            return self.base(label, config, folder, notes)
         return self.own_config(label, folder)
 
     def own_config(self, label: str, folder: Path) -> ModelSource:
@@ -142,44 +160,10 @@ class _Found:
                 f"model {label}: {folder} is neither a model folder nor an adapter folder"
             ) from None
         _refuse_score_head(label, config, None)
-        tokenizer = self.recipe.raw.get("tokenizer_config") or self.recipe.base_model
+        tokenizer = tokenizer_of(self.recipe)
         if _has_tokenizer(folder) or not folder.is_dir():
-            tokenizer = folder
-        return ModelSource(label, str(folder), config, str(tokenizer), load_options=options)
-
-
-def rope_notes(sources: Sequence[ModelSource]) -> list[str]:
-    """What to tell of adapters whose run wrote another RoPE into its config than they get here."""
-    notes = []
-    for source in sources:
-        written = source.adapter and source.adapter / "config.json"
-        if not written or not written.is_file():
-            continue
-        trained = json.loads(written.read_text(encoding="utf-8")).get("rope_parameters")
-        if trained is not None and trained != source.rope:
-            notes.append(
-                f"{source.label} was trained with rope_parameters {trained} ({written}), but the "
-                f"recipe now gives {source.rope}, and that is what is measured: set the recipe's "
-                "rope back, or train again"
-            )
-    return notes
-
-
-def prepared_run(recipe: Recipe, base_config: Any) -> PreparedRun:
-    """The recipe's run.
-
-    Raises:
-        ValueError: its RoPE cannot be decided.
-    """
-    run = prepare_run(recipe.raw, base_config)
-    if asks_for_longlora(recipe.raw):
-        run.resolved_rope()
-    return run
-
-
-def base_context(recipe: Recipe, base_config: Any) -> int:
-    """Tokens that the base model handles before the recipe extends it."""
-    return prepared_run(recipe, base_config).base_context or base_context_of(base_config)
+            tokenizer = str(folder)
+        return ModelSource(label, str(folder), config, tokenizer, load_options=options)
 
 
 def rope_of(config: Any) -> tuple[Any, Any]:
@@ -188,57 +172,17 @@ def rope_of(config: Any) -> tuple[Any, Any]:
     return getattr(text, "rope_parameters", None), getattr(text, "max_position_embeddings", None)
 
 
-def choose_dtype(raw: dict[str, Any], device: Any) -> Any:
-    """float32 on a CPU; elsewhere what the recipe trains in, bfloat16 where it leaves it open."""
-    import torch
-
-    if torch.device(device).type == "cpu":
-        return torch.float32
-    bf16 = raw.get("bf16", "auto")
-    if bf16 in (True, "auto", "full") and not raw.get("fp16"):
-        return torch.bfloat16
-    return torch.float16 if raw.get("fp16") else torch.float32
-
-
 def _refuse_score_head(label: str, config: Any, adapter: Path | None) -> None:
     what = [str(name) for name in getattr(config, "architectures", None) or []]
     kind = next((name for name in what if name.endswith(SCORE_HEADS)), None)
     if adapter is not None:
-        task = read_adapter_config(adapter).get("task_type")
+        task = read_json(adapter / ADAPTER_CONFIG).get("task_type")
         kind = kind or (task if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None)
     if kind:
         raise ValueError(
             f"model {label} is no language model ({kind}): it scores a text, such as a reward "
             "model does, and predicts no next token; leave it out, or name a causal language model"
         )
-
-
-def _quantization(raw: dict[str, Any]) -> dict[str, Any]:
-    """How Axolotl quantizes the base of this recipe, as options of `BitsAndBytesConfig`."""
-    if not raw.get("adapter"):
-        return {}
-    if raw.get("load_in_4bit"):
-        options = {
-            "load_in_4bit": True,
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_quant_type": "nf4",
-        }
-        return options | (raw.get("bnb_config_kwargs") or {})
-    return {"load_in_8bit": True} if raw.get("load_in_8bit") else {}
-
-
-def _load_options(raw: dict[str, Any], device_map: str | None) -> dict[str, Any]:
-    import torch
-
-    options: dict[str, Any] = {}
-    if raw.get("trust_remote_code") is True:
-        options["trust_remote_code"] = True
-    if revision := value_of(raw, "revision_of_model"):
-        options["revision"] = revision
-    several = torch.cuda.device_count() > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if device_map := device_map or raw.get("device_map") or ("auto" if several else None):
-        options["device_map"] = device_map
-    return options
 
 
 def _has_tokenizer(folder: Path) -> bool:

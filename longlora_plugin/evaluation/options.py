@@ -18,7 +18,7 @@ def option(default: Any, help: str, **more: Any) -> Any:
     """A field that is an option.
 
     Args:
-        more: `metavar`; `minimum` of a number; `repeatable` for a tuple that is given one by one
+        more: `metavar`; `min` of a number; `repeatable` for a tuple that is given one by one
             and not with commas; `flag`, the option's name where it is not the field's.
     """
     return field(default=default, metadata={"help": help, **more})
@@ -33,7 +33,7 @@ class ModelChoice:
         "base, base+rope, adapter, trained (full fine-tune), merged, or NAME=FOLDER for any other "
         "model or adapter. Repeatable, or with commas. Default: all of the first four that exist.",
         metavar="MODEL",
-        flag="--model",
+        flag="model",
         repeatable=True,
     )
     adapter: str | None = option(
@@ -83,7 +83,7 @@ class PerplexityOptions:
         metavar="512,1024,…",
     )
     stride: int | None = option(
-        None, "Tokens a window moves by. Default: half of each length.", minimum=1
+        None, "Tokens a window moves by. Default: half of each length.", min=1
     )
     score: ScoreMode = option(
         "new",
@@ -95,8 +95,8 @@ class PerplexityOptions:
         "Position buckets: how many equal ones, or their edges. Default: two to a doubling.",
         metavar="N or 0,256,…",
     )
-    max_tokens: int | None = option(None, "Use the first tokens only.", minimum=2)
-    batch_size: int | None = option(None, "Windows in a forward pass.", minimum=1)
+    max_tokens: int | None = option(None, "Use the first tokens only.", min=2)
+    batch_size: int | None = option(None, "Windows in a forward pass.", min=1)
     tokens: str | None = option(None, "Write token losses, safetensors.", metavar="FILE")
 
     def stride_for(self, length: int) -> int:
@@ -122,9 +122,9 @@ class PasskeyOptions:
         "script has it.",
         metavar="0,0.5,…",
     )
-    trials: int = option(10, "Questions for each length and depth.", minimum=1)
+    trials: int = option(10, "Questions for each length and depth.", min=1)
     seed: int = option(0, "Decides every trial.")
-    batch_size: int | None = option(None, "Prompts in a forward pass.", minimum=1)
+    batch_size: int | None = option(None, "Prompts in a forward pass.", min=1)
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ class BenchOptions:
         "that make no text of their own run once, at the longest.",
         metavar="4096,8192,…",
     )
-    limit: int | None = option(None, "Examples of each task and length. Default: all.", minimum=1)
-    batch_size: int = option(1, "Prompts in a forward pass.", minimum=1)
+    limit: int | None = option(None, "Examples of each task and length. Default: all.", min=1)
+    batch_size: int = option(1, "Prompts in a forward pass.", min=1)
     chat_template: bool = option(False, "Put prompts into the tokenizer's chat template.")
     threshold: float = option(
         0.856,

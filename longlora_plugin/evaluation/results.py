@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.checkpoints.files import write_text
+from longlora_plugin.checkpoints.files import as_json, write_text
 
 Row = dict[str, Any]
 
@@ -22,11 +22,6 @@ def settings_digest(settings: dict[str, Any]) -> str:
     """Digest of settings, the same for the same values in any order of keys."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def as_json(content: Any) -> str:
-    """Any result as text, the way every command writes it."""
-    return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 class ResultFile:

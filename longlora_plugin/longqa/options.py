@@ -11,6 +11,6 @@ def option(default: Any, help: str, **more: Any) -> Any:
 
     Args:
         more: `flag`, where the option has another name; `choices`; `min`, `max` and `below` of
-            numbers.
+            numbers; `repeatable` for a tuple that is given one by one.
     """
     return field(default=default, metadata={"help": help, **more})

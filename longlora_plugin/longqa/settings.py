@@ -31,7 +31,11 @@ class Settings:
     )
     questions: int = option(6, "Pairs for each window.", min=1)
     tasks: tuple[str, ...] = option(
-        tuple(TASKS), "Use only this task; may be repeated.", flag="task", choices=tuple(TASKS)
+        tuple(TASKS),
+        "Use only this task; may be repeated.",
+        flag="task",
+        choices=tuple(TASKS),
+        repeatable=True,
     )
     kind: str | None = option(
         None, "Kind of every document; without it each is judged.", choices=KINDS

@@ -12,15 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-ADAPTER = "default"
-PREFIX = "base_model.model."
-WRAPPED_IN = (
-    ".base_layer",
-    ".original_module",
-    f".modules_to_save.{ADAPTER}",
-    ".token_adapter",
+from longlora_plugin.adapter.state import (
+    ADAPTER,
+    PREFIX,
+    plain_name,
+    read_adapter_state,
 )
-"""What PEFT puts between a module and its tensors."""
 
 CHANGE_THE_BASE = ("pissa", "olora", "loftq")
 """Initialisations that take from the base's weights what LoRA begins with, reproducibly."""
@@ -171,22 +168,6 @@ def model_without_weights(config: Any, kind: str, *, remote: bool = False) -> An
         return None  # not a model of this kind
 
 
-def saved_rows(model: Any, adapter_dir: Path) -> int | None:
-    """Rows that the adapter's tensors give embeddings or output head; None where they have none."""
-    from longlora_plugin.adapter.state import read_adapter_state
-
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = {name for name, module in model.named_modules() if any(module is t for t in tables)}
-    for saved, tensor in read_adapter_state(adapter_dir).items():
-        for name in names:
-            field = plain_name(saved).removeprefix(f"{name}.")
-            if field in ("weight", "lora_B.weight"):
-                return int(tensor.shape[0])
-            if field == "lora_embedding_A":
-                return int(tensor.shape[1])
-    return None
-
-
 def plain_config(config: Any) -> Any:
     """A copy of a config that builds plain modules whatever the stored weights are."""
     import copy
@@ -203,14 +184,6 @@ def tied_names(model: Any) -> dict[str, set[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), set()).add(name)
     return {name: group for group in groups.values() if len(group) > 1 for name in group}
-
-
-def plain_name(name: str) -> str:
-    """A PEFT model's name of a module or tensor as the base model has it."""
-    name = name.removeprefix(PREFIX)
-    for part in WRAPPED_IN:
-        name = f".{name}".replace(part, "").removeprefix(".")
-    return name
 
 
 def _is_missing(tensor: Any) -> bool:
@@ -269,8 +242,6 @@ def _load(
     """Load the adapter's tensors; their names in its file."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
-
-    from longlora_plugin.adapter.state import read_adapter_state
 
     saved = read_adapter_state(adapter_dir)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)

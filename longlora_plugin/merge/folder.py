@@ -5,7 +5,6 @@ A merge that is killed leaves the earlier merged model, or no folder of that nam
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.adapter.state import read_adapter_state
+from longlora_plugin.adapter.state import match_rows, plain_name, read_adapter_state
 from longlora_plugin.artifacts.manifest import FILE as MANIFEST
 from longlora_plugin.artifacts.manifest import read_manifest
-from longlora_plugin.checkpoints.files import TOKENIZER_FILES, write_json
+from longlora_plugin.checkpoints.files import TOKENIZER_FILES, read_json, write_json
 from longlora_plugin.checkpoints.run_config import config_json, trained_config
 from longlora_plugin.merge import adapted, nf4
 from longlora_plugin.merge.limits import raise_limits
@@ -70,7 +69,7 @@ def open_adapter(source: Source) -> adapted.AdaptedModel:
         ValueError: it cannot be merged, or belongs to another base.
     """
     trained, _ = trained_config(source.base_config, source.adapter_dir, source.recipe)
-    saved = _read_json(source.adapter_dir / "adapter_config.json")
+    saved = read_json(source.adapter_dir / "adapter_config.json")
     kinds = REWARD_MODELS if saved.get("task_type") == "SEQ_CLS" else LANGUAGE_MODELS
     failures = []
     for kind in kinds:
@@ -106,7 +105,7 @@ def merge(
     """
     trained, notes = trained_config(source.base_config, source.adapter_dir, source.recipe)
     _check_rope(source.adapter_dir, trained)
-    raw = _read_json(source.base_dir / "config.json")
+    raw = read_json(source.base_dir / "config.json")
     config = config_json(raw, source.base_config, trained)
     with _swapped_in(target) as draft:
         if weights is None:
@@ -127,7 +126,7 @@ def merge(
         else:
             _check_no_experts(source.adapter_dir)
             weights(draft)
-            if "quantization_config" not in _read_json(draft / "config.json"):
+            if "quantization_config" not in read_json(draft / "config.json"):
                 config.pop("quantization_config", None)
             _check_trained(source.adapter_dir, draft)
         _copy_other_files(source, draft)
@@ -165,7 +164,7 @@ def _check_trained(adapter_dir: Path, merged: Path) -> None:
     """Raise ValueError unless what was trained as a whole is in weights that Axolotl merged."""
     stored = StoredWeights(merged)
     for saved, tensor in read_adapter_state(adapter_dir).items():
-        name = adapted.plain_name(saved)
+        name = plain_name(saved)
         if ".lora_" in saved or ".modules_to_save." in saved:
             continue
         if name not in stored or not _holds(stored.tensor(name), tensor):
@@ -213,10 +212,8 @@ def check_loads(folder: Path, *, remote_code: bool = False) -> None:
 def _with_rows(model: Any, adapter_dir: Path) -> Any:
     import torch
 
-    rows = adapted.saved_rows(model, adapter_dir)
-    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
-        with torch.device("meta"):
-            model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.device("meta"):
+        match_rows(model, read_adapter_state(adapter_dir))
     return model
 
 
@@ -306,12 +303,3 @@ def _keep_others(earlier: Path, target: Path) -> None:
         if path.suffix not in OF_A_MODEL and not (target / path.name).exists():
             path.rename(target / path.name)
     shutil.rmtree(earlier)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise ValueError(f"{path} is cut off or damaged: it is not valid JSON") from None

@@ -5,12 +5,11 @@ Left alone, a tokenizer warns and cuts, and generation stops, where the base mod
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.checkpoints.files import whole_file
+from longlora_plugin.checkpoints.files import read_json, write_json
 from longlora_plugin.rope.base_config import maximum_of, text_config_of
 
 LIMITS = {
@@ -43,7 +42,7 @@ def raise_limits(folder: Path, old: Iterable[int], target: int) -> list[str]:
         path = folder / file
         if not path.is_file():
             continue
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         raised = []
         for key in keys:
             *sections, name = key.split(".")
@@ -56,9 +55,7 @@ def raise_limits(folder: Path, old: Iterable[int], target: int) -> list[str]:
                 raised.append(f"{file} has {key}: {limit}")
         if raised:
             # As the file orders them: a tokenizer's vocabulary is in there.
-            with whole_file(path) as partial:
-                text = json.dumps(content, indent=2, ensure_ascii=False)
-                partial.write_text(text + "\n", encoding="utf-8")
+            write_json(path, content, sort_keys=False)
         notes += raised
     return notes
 

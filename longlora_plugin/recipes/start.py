@@ -34,7 +34,7 @@ def parse_setting(text: str) -> tuple[list[str], Any]:
 def start_from(source: Path, target: Path, settings: list[str]) -> list[Path]:
     """Write a copy of recipe `source` to `target`, with `key=value` settings applied.
 
-    A DeepSpeed file that stands with the source, and would not be found from here, is copied to
+    A DeepSpeed file next to the source, and would not be found from here, is copied to
     the target's folder, and the copy named in the recipe.
 
     Returns:

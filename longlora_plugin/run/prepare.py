@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from longlora_plugin.args import LongLoRAConfig
-from longlora_plugin.checkpoints.resume import choose_checkpoint
+from longlora_plugin.checkpoints.resume import check_adapter, choose_checkpoint
 from longlora_plugin.rope import RopeSettings, resolve_rope, rope_parameters_of
 from longlora_plugin.run import checks
 from longlora_plugin.run.axolotl_keys import (
@@ -221,7 +222,14 @@ def _updates(
     updates: dict[str, Any] = {}
     warnings: list[str] = []
     try:
-        updates, warnings = choose_checkpoint(recipe)
+        check_adapter(recipe.get("lora_model_dir"))
+        updates, warnings = choose_checkpoint(
+            Path(recipe.get("output_dir") or "./model-out"),
+            named=recipe.get("resume_from_checkpoint"),
+            newest=bool(recipe.get("auto_resume_from_checkpoints")),
+            weights_only=bool(recipe.get("save_only_model")),
+            adapter=bool(recipe.get("adapter")),
+        )
     except ValueError as error:
         problems.append(str(error))
     if recipe.get("adapter") == "longlora":

@@ -5,6 +5,7 @@ The commands read recipes this way; a training run gets its recipe from Axolotl 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,34 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"{path} names no base_model; add base_model: <name or folder>")
     asked = raw.get("adapter") == "longlora" or "longlora" in raw
     return Recipe(path=path, raw=raw, block=parse_block(raw.get("longlora")) if asked else None)
+
+
+def held_out_data(raw: Mapping[str, Any], held_out: str | None = None) -> tuple[list[str], str]:
+    """Held-out data that a recipe names: paths, and their text field.
+
+    Args:
+        raw: the recipe; its `test_datasets` are taken where `held_out` is not set.
+        held_out: `longlora.held_out`.
+
+    Raises:
+        ValueError: it names none; says to give the data.
+    """
+    if held_out:
+        return [held_out], "text"
+    paths: list[str] = []
+    text_field = "text"
+    for entry in raw.get("test_datasets") or []:
+        files = entry.get("data_files") or entry.get("path")
+        paths += [files] if isinstance(files, str) else list(files or [])
+        kind = entry.get("type")
+        text_field = (
+            entry.get("field")
+            or (kind.get("field") if isinstance(kind, Mapping) else None)
+            or text_field
+        )
+    if not paths:
+        raise ValueError(
+            "no data to evaluate on: the recipe has neither longlora.held_out nor test_datasets. "
+            "Give --data FILE, a folder or a dataset's name"
+        )
+    return paths, text_field

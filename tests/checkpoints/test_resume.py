@@ -104,9 +104,7 @@ def test_a_damaged_checkpoint_is_never_resumed(problem, run_folder):
     assert why_not_resumable(newest) is None
     DAMAGE[problem](newest)
 
-    updates, warnings = choose_checkpoint(
-        {"output_dir": str(run_folder), "auto_resume_from_checkpoints": True}
-    )
+    updates, warnings = choose_checkpoint(run_folder, newest=True)
     assert updates == {"resume_from_checkpoint": str(run_folder / "checkpoint-3")}
     assert len(warnings) == 1
     assert problem in warnings[0]
@@ -114,16 +112,14 @@ def test_a_damaged_checkpoint_is_never_resumed(problem, run_folder):
     with pytest.raises(
         ValueError, match=r"cannot be resumed.*last complete.*checkpoint-3"
     ) as error:
-        choose_checkpoint({"output_dir": str(run_folder), "resume_from_checkpoint": str(newest)})
+        choose_checkpoint(run_folder, named=str(newest))
     assert problem in str(error.value)
 
 
 def test_without_a_complete_checkpoint_training_starts_anew_and_says_so(run_folder):
     for folder in checkpoints(run_folder):
         (folder / "trainer_state.json").unlink()
-    updates, warnings = choose_checkpoint(
-        {"output_dir": str(run_folder), "auto_resume_from_checkpoints": True}
-    )
+    updates, warnings = choose_checkpoint(run_folder, newest=True)
     assert updates == {"auto_resume_from_checkpoints": False}
     assert len(warnings) == 3
     assert "starts at step 0" in warnings[-1]
@@ -131,13 +127,7 @@ def test_without_a_complete_checkpoint_training_starts_anew_and_says_so(run_fold
 
 def test_a_weights_only_checkpoint_needs_no_optimizer_state(run_folder):
     (run_folder / "checkpoint-6" / "optimizer.pt").unlink()
-    updates, warnings = choose_checkpoint(
-        {
-            "output_dir": str(run_folder),
-            "auto_resume_from_checkpoints": True,
-            "save_only_model": True,
-        }
-    )
+    updates, warnings = choose_checkpoint(run_folder, newest=True, weights_only=True)
     assert updates == {"resume_from_checkpoint": str(run_folder / "checkpoint-6")}
     assert not warnings
 

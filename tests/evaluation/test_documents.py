@@ -5,7 +5,8 @@ import json
 import pytest
 from evaluation_models import write_tiny_llama
 
-from longlora_plugin.evaluation.data import check_held_out, held_out_data, read_corpus, read_texts
+from longlora_plugin.evaluation.data import check_held_out, read_corpus, read_texts
+from longlora_plugin.run.recipe import held_out_data
 
 
 class OneTokenACharacter:

@@ -18,6 +18,7 @@ from evaluation_models import (
     write_tiny_llama,
 )
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -28,6 +29,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from longlora_plugin.artifacts.load import load_model
 from longlora_plugin.cli import longlora
 from longlora_plugin.evaluation.models import model_sources
 from longlora_plugin.run.recipe import read_recipe
@@ -119,11 +121,15 @@ def test_adapter_trained_with_another_rope_is_noted(work, tmp_path):
     shutil.copytree(work / "out", output)
     arguments = ["--data", work / "data.txt", "--lengths", 64, "--model", "adapter"]
     recipe = write_recipe(tmp_path / "r.yml", work / "base", output)
-    (output / "config.json").write_text(json.dumps({"rope_parameters": YARN}))
+    extended(work / "base").save_pretrained(output)
     assert "was trained with" not in run(recipe, *arguments).output
-    other = {**YARN, "rope_type": "linear"}
-    (output / "config.json").write_text(json.dumps({"rope_parameters": other}))
-    assert "adapter was trained with" in run(recipe, *arguments).output
+    other = extended(work / "base")
+    other.rope_parameters = {**YARN, "factor": 2.0 * YARN["factor"]}
+    other.save_pretrained(output)
+    printed = run(recipe, *arguments).output
+    assert "note: adapter: rope_parameters: the run was trained with" in printed
+    source = model_sources(read_recipe(recipe), ["adapter"])[0]
+    assert source.rope["factor"] == 2 * YARN["factor"]  # what was trained is measured
 
 
 def test_one_name_for_two_models_is_refused_and_a_name_given_twice_is_one(work):
@@ -161,7 +167,7 @@ def test_cut_off_adapter_config_is_one_clear_error(work, tmp_path):
     config.write_text(config.read_text()[:100])
     recipe = write_recipe(tmp_path / "r.yml", work / "base", output)
     message = refused(recipe, "--data", work / "data.txt", "--lengths", 64)
-    assert "adapter_config.json is not JSON" in " ".join(message.split())
+    assert "adapter_config.json is not valid JSON" in " ".join(message.split())
 
 
 def test_reward_model_is_refused(work, tmp_path):
@@ -317,3 +323,22 @@ def test_family_without_pytorchs_attention_is_measured(work, tmp_path):
         longlora, ["passkey", str(recipe), "--lengths", "300", "--trials", "2", "--depths", "0"]
     )
     assert asked.exit_code == 0, asked.output
+
+
+def test_adapter_in_the_old_file_format_is_found_with_the_rows_it_added(work, tmp_path):
+    base = LlamaForCausalLM.from_pretrained(work / "base")
+    base.resize_token_embeddings(base.config.vocab_size + 3, mean_resizing=False)
+    base.save_pretrained(tmp_path / "larger")
+    write_adapter(tmp_path / "larger", tmp_path / "out")
+    extended(work / "base").save_pretrained(tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    recipe = write_recipe(tmp_path / "r.yml", work / "base", tmp_path / "out")
+    tokens = torch.arange(3, 103)[None]
+    with torch.no_grad():
+        expected = model_sources(read_recipe(recipe), ["adapter"])[0].load("cpu", torch.float32)
+        expected = expected.model(tokens).logits
+        torch.save(tensors, tmp_path / "out" / "adapter_model.bin")
+        (tmp_path / "out" / "adapter_model.safetensors").unlink()
+        found = model_sources(read_recipe(recipe), ["adapter"])[0].load("cpu", torch.float32)
+        torch.testing.assert_close(found.model(tokens).logits, expected)
+        torch.testing.assert_close(load_model(tmp_path / "out")(tokens).logits, expected)

@@ -334,3 +334,27 @@ def test_importing_what_plan_needs_for_arithmetic_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("model_config", "tflop"), [({"sliding_window": None}, 5067), ({}, 613)], ids=["none", "4096"]
+)
+def test_attention_of_mistral_is_planned_with_the_window_that_the_recipe_gives_it(
+    tmp_path: Path, model_config: dict[str, Any], tflop: int
+) -> None:
+    from transformers import MistralConfig
+
+    config = MistralConfig(max_position_embeddings=32768, sliding_window=4096)
+    keys = {"gradient_checkpointing": True, "attn_implementation": "flash_attention_2"}
+    block = {"rope": "yarn", "original_context": 8192, "shifted_attention": bool(model_config)}
+    path = write_recipe(
+        tmp_path, config, sequence_len=65536, longlora=block, model_config=model_config, **keys
+    )
+    run = planned_run(read_recipe(path), config)
+    assert round(run.step_at(65536, None)["attention"]) == tflop
+    # Dense causal attention by hand: 2 products forward, again, and 5 of 2 backward.
+    pairs = 65536 * 65537 / 2
+    if model_config:
+        assert run.step_at(65536, None)["attention"] == pytest.approx(
+            4.5 * 2 * 2 * pairs * 4096 * 32 / 1e12
+        )

@@ -159,8 +159,8 @@ def test_a_pattern_of_an_installed_package_is_the_one_that_is_checked(recipe, mo
         used.append(options["pattern"])
         return enable(model, **options)
 
-    for module in ("longlora_plugin.registry", "longlora_plugin.run.checks"):
-        monkeypatch.setattr(f"{module}.find", with_mine)
+    for module in ("registry", "run.checks", "run.built"):
+        monkeypatch.setattr(f"longlora_plugin.{module}.find", with_mine)
     monkeypatch.setattr(attention, "enable_shifted_attention", enabled)
     assert check_recipe(recipe(longlora={"attention_pattern": "mine"})).problems == []
     assert used == [mine]

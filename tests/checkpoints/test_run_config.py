@@ -7,9 +7,9 @@ import copy
 import pytest
 from transformers import LlamaConfig, MistralConfig
 
+from longlora_plugin.checkpoints.run_config import for_base_weights, trained_config
 from longlora_plugin.rope import keep_both_spellings, rope_parameters_of
 from longlora_plugin.run.prepare import prepare_run
-from longlora_plugin.run.run_config import trained_config
 
 RECIPE = {"base_model": "org/base", "adapter": "longlora", "sequence_len": 8192}
 
@@ -65,7 +65,9 @@ def test_the_saved_config_counts_and_a_disagreement_is_told_by_name(
     built.vocab_size += 3  # tokens that the run added
     keep_both_spellings(built)
     built.save_pretrained(tmp_path)
-    config, notes = trained_config(prepared(base, **now), base, tmp_path)
+    config, notes = trained_config(base, tmp_path, prepared(base, **now).model_config)
+    assert config.vocab_size == built.vocab_size
+    config = for_base_weights(config, base)
     assert {note.split(":")[0] for note in notes} == differs
     assert config.vocab_size == base.vocab_size  # the base's weights are loaded with it
     assert rope_parameters_of(config) == rope_parameters_of(rope_before_saving)
@@ -75,7 +77,7 @@ def test_the_saved_config_counts_and_a_disagreement_is_told_by_name(
 
 def test_without_a_saved_config_the_recipe_counts(base, tmp_path):
     run = prepared(base)
-    config, notes = trained_config(run, base, tmp_path)
+    config, notes = trained_config(base, tmp_path, run.model_config)
     assert notes == []
     assert config.to_dict() == run.config_of(base).to_dict()
 
@@ -83,7 +85,7 @@ def test_without_a_saved_config_the_recipe_counts(base, tmp_path):
 def test_a_folder_of_another_model_or_a_damaged_config_is_refused(base, tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="of a llama model"):
-        trained_config(prepared(base), base, tmp_path)
+        trained_config(base, tmp_path, {})
     (tmp_path / "config.json").write_text('{"model_')
-    with pytest.raises(ValueError, match="cannot be read"):
-        trained_config(prepared(base), base, tmp_path)
+    with pytest.raises(ValueError, match="cannot be used"):
+        trained_config(base, tmp_path, {})
