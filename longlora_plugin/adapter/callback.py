@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from longlora_plugin.adapter.state import (
     gather_adapter_state,
@@ -36,24 +36,12 @@ class SaveWholeAdapter(TrainerCallback):
         self.start_from = start_from
         self._last: dict[str, torch.Tensor] = {}
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A resumed run has its masters from the checkpoint.
         if self.start_from is not None and state.global_step == 0:
             load_adapter_state(self.model, read_adapter_state(self.start_from))
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if not self.saved_by_peft:
             save_adapter(self.model, folder)
@@ -62,13 +50,7 @@ class SaveWholeAdapter(TrainerCallback):
         if tensors:
             save_adapter_state(folder, tensors, into=True)
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.saved_by_peft:
             self._last = gather_adapter_state(self.model)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from longlora_plugin.adapter.fp32_weights import TrainedModules, train_in_fp32
 from longlora_plugin.adapter.modules import untrained_modules
-from longlora_plugin.adapter.state import load_adapter_state, read_adapter_state
+from longlora_plugin.adapter.state import load_adapter_state, read_adapter_state, some
 
 
 def prepare_adapter(
@@ -30,7 +30,7 @@ def prepare_adapter(
     if untrained:
         raise ValueError(
             f"longlora: {{trainable: …}} asks for {len(untrained)} modules that would not "
-            f"train ({', '.join(untrained[:3])}, …): {reason}. Write "
+            f"train ({some(untrained)}): {reason}. Write "
             "longlora: {trainable: []}, or start without it"
         )
     trained = train_in_fp32(model)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def load_adapter_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tenso
     if missing:
         raise ValueError(
             f"the adapter lacks {len(missing)} of the {len(parameters)} tensors that this recipe "
-            f"trains: {_some(missing)}; it was trained with other lora_target_modules or "
+            f"trains: {some(missing)}; it was trained with other lora_target_modules or "
             "longlora: {trainable: …}"
         )
     values = {key: tensors[str(name)] for key, name in found.items()}
@@ -106,7 +106,7 @@ def load_adapter_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tenso
         if values[key].shape != _shape(parameter)
     ]
     if wrong:
-        raise ValueError(f"the adapter belongs to another base model: {_some(wrong)}")
+        raise ValueError(f"the adapter belongs to another base model: {some(wrong)}")
     with torch.no_grad():
         for key, parameter in parameters.items():
             if _is_deepspeeds(parameter):
@@ -201,6 +201,7 @@ def _shape(parameter: Any) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _some(items: list[str], shown: int = 3) -> str:
+def some(items: Sequence[str], separator: str = ", ", shown: int = 3) -> str:
+    """The first few items of a list, and how many more there are."""
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
-    return ", ".join(items[:shown]) + more
+    return separator.join(items[:shown]) + more

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from longlora_plugin.artifacts.card import write_card
 from longlora_plugin.artifacts.manifest import Manifest, write_manifest
@@ -41,13 +41,7 @@ class SaveArtifacts(TrainerCallback):
 
         trainer.create_model_card = create_model_card
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the steps done, and those of them with full attention."""
         first_full = state.max_steps - self.full_attention_steps(state.max_steps)
         self.manifest = replace(
@@ -56,13 +50,7 @@ class SaveArtifacts(TrainerCallback):
             full_attention_steps=max(0, state.global_step - first_full),
         )
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete a checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():

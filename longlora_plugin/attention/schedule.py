@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from longlora_plugin.attention.install import ShiftedAttention
 
@@ -34,13 +34,7 @@ class AttentionSchedule(TrainerCallback):
         self.full_attention_steps = full_attention_steps
         self.log = log
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         first_full = state.max_steps - self.full_attention_steps(state.max_steps)
         sparse = state.global_step < first_full
         if any(handle.active != sparse for handle in self.handles):
@@ -51,13 +45,7 @@ class AttentionSchedule(TrainerCallback):
                 + ("shifted attention" if sparse else "full attention")
             )
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A reference model has a handle and never trains.
         if any(handle.active for handle in self.handles) and not any(
             handle.calls for handle in self.handles

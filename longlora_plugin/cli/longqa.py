@@ -214,7 +214,7 @@ def _show_report(report: Report, source: Path, out: Path, *, dry_run: bool) -> N
 @command.command()
 @click.argument("files", nargs=-1, required=True, type=FILE)
 @click.option("--tokenizer", help="Measure with it; default: lengths recorded by the build.")
-@click.option("--sequence-len", type=POSITIVE, help="Of the recipe that will train on this.")
+@click.option("--sequence-len", type=POSITIVE, help="The recipe's, to count longer pairs.")
 @click.option("--json", "json_path", type=FILE, help="Write the figures here.")
 @click.option("--plot", type=FILE, help="Draw lengths and depths to this PNG.")
 def stats(

@@ -71,7 +71,7 @@ class Limits:
 
     max_file_mb: float = option(64.0, "Larger files are skipped unread.")
     read_seconds: float = option(120.0, "Longest time for reading one file.")
-    encoding: str | None = option(None, "Of text files that are not UTF-8; else detected for each.")
+    encoding: str | None = option(None, "Encoding of text files that are not UTF-8; else detected.")
     kind: str | None = None
 
     @property

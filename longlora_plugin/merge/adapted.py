@@ -17,6 +17,7 @@ from longlora_plugin.adapter.state import (
     PREFIX,
     plain_name,
     read_adapter_state,
+    some,
 )
 
 CHANGE_THE_BASE = ("pissa", "olora", "loftq")
@@ -264,9 +265,7 @@ def _load(
         failure = failure or f"the base has no {plain_name(foreign[0])}"
     except (RuntimeError, KeyError, ValueError) as error:
         failure = str(error).splitlines()[-1].strip()
-    wrong = list(_misfits(saved, expected, shapes, ties)) or [failure]
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    raise ValueError(f"{'; '.join(wrong[:3])}{more}")
+    raise ValueError(some(list(_misfits(saved, expected, shapes, ties)) or [failure], "; "))
 
 
 def _is_adapters(name: str) -> bool:

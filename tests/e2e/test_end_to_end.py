@@ -113,7 +113,7 @@ def test_axolotl_evaluate_scores_the_adapter(trained, tiny_dataset, tmp_path):
 def test_default_launcher_trains_a_two_line_recipe(tmp_path, tiny_model_dir, tiny_dataset):
     recipe = write_recipe(tmp_path, tiny_model_dir("plain"), tiny_dataset, max_steps=2)
     run = run_axolotl("train", recipe)
-    assert "'rope_type': 'linear', 'factor': 4.0" in run.log.replace('"', "'")
+    assert "'rope_type': 'yarn', 'factor': 4.0" in run.log.replace('"', "'")
     assert "shifted attention (s2): 2 layers" in run.log
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
@@ -195,7 +195,7 @@ def test_packed_rows_train_as_their_documents_alone(tmp_path, tiny_model_dir, ti
         sample_packing=True,
         dataset_num_proc=1,
         max_steps=1,
-        longlora={"group_size": 8},
+        longlora={"group_size": 8, "rope": "linear", "full_attention_steps": 0},
     )
     run_axolotl("train", recipe, "--launcher", "python", BATCH_RECORD=record)
     batch = torch.load(record, weights_only=True)

@@ -80,7 +80,7 @@ def test_rope_none_has_no_row_of_its_own(work, tmp_path):
 
 def test_full_fine_tune_is_evaluated_as_trained_with_its_own_config(work, tmp_path):
     output = tmp_path / "full"
-    extended(work / "base").save_pretrained(output)
+    extended(work / "base").config.save_pretrained(output)
     recipe = write_recipe(tmp_path / "r.yml", work / "base", output, adapter=None)
     base, rope, trained = model_sources(read_recipe(recipe))
     assert (base.label, rope.label, trained.label) == ("base", "base+rope", "trained")
@@ -121,9 +121,9 @@ def test_adapter_trained_with_another_rope_is_noted(work, tmp_path):
     shutil.copytree(work / "out", output)
     arguments = ["--data", work / "data.txt", "--lengths", 64, "--model", "adapter"]
     recipe = write_recipe(tmp_path / "r.yml", work / "base", output)
-    extended(work / "base").save_pretrained(output)
+    extended(work / "base").config.save_pretrained(output)
     assert "was trained with" not in run(recipe, *arguments).output
-    other = extended(work / "base")
+    other = extended(work / "base").config
     other.rope_parameters = {**YARN, "factor": 2.0 * YARN["factor"]}
     other.save_pretrained(output)
     printed = run(recipe, *arguments).output
@@ -330,7 +330,7 @@ def test_adapter_in_the_old_file_format_is_found_with_the_rows_it_added(work, tm
     base.resize_token_embeddings(base.config.vocab_size + 3, mean_resizing=False)
     base.save_pretrained(tmp_path / "larger")
     write_adapter(tmp_path / "larger", tmp_path / "out")
-    extended(work / "base").save_pretrained(tmp_path / "out")
+    extended(work / "base").config.save_pretrained(tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     recipe = write_recipe(tmp_path / "r.yml", work / "base", tmp_path / "out")
     tokens = torch.arange(3, 103)[None]

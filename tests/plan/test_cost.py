@@ -351,7 +351,7 @@ def test_attention_of_mistral_is_planned_with_the_window_that_the_recipe_gives_i
         tmp_path, config, sequence_len=65536, longlora=block, model_config=model_config, **keys
     )
     run = planned_run(read_recipe(path), config)
-    assert round(run.step_at(65536, None)["attention"]) == tflop
+    assert run.step_at(65536, None)["attention"] == pytest.approx(tflop, abs=0.6)
     # Dense causal attention by hand: 2 products forward, again, and 5 of 2 backward.
     pairs = 65536 * 65537 / 2
     if model_config:
