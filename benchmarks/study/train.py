@@ -116,6 +116,15 @@ def run(settings: Settings, model_dir: Path, books: Books) -> dict[str, Any]:
     torch.manual_seed(settings.seed)
     model = adapt(load(model_dir, settings), settings)
     attention = Attention(model, settings)
+    try:
+        return _train_and_measure(model, attention, settings, books)
+    finally:
+        attention.remove()
+
+
+def _train_and_measure(
+    model: Any, attention: Attention, settings: Settings, books: Books
+) -> dict[str, Any]:
     optimizer = optimizer_of(model, settings)
     full_steps = full_attention_steps(settings)
     batches = book_batches(books.train, settings.target, settings.batch, settings.seed)
@@ -165,7 +174,6 @@ def run(settings: Settings, model_dir: Path, books: Books) -> dict[str, Any]:
     if attention.handle is not None and settings.task == "books":
         attention.train(sparse=True)
         row["evaluated_sparse"] = measure.perplexity_in_this_mode(model, books, settings)
-    attention.remove()
     return row
 
 

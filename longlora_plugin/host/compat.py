@@ -149,10 +149,11 @@ def merges_base_stored_as(quantization: str | None, merge_method: str | None) ->
 
 
 def is_main_process() -> bool:
-    """Whether this is the only process of a run, or the first of several."""
-    from axolotl.utils.distributed import is_main_process as is_first
+    """Whether this is the only process of a run, or the first of several.
 
-    return is_first()
+    Also when the run has ended: Axolotl's own function needs the process group, which is gone then.
+    """
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def uses_deepspeed(cfg: Mapping[str, Any]) -> bool:

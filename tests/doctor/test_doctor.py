@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 import tomllib
+from importlib import metadata
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,12 +145,15 @@ def test_optional_package_outside_axolotls_bounds_is_named_with_the_bound(monkey
 
 
 def test_our_deepspeed_extra_is_within_what_every_supported_axolotl_allows():
-    """0.19: <0.19.0,>=0.18.6; 0.21: <0.20.0,>=0.18.6."""
+    """It is Axolotl's own extra (0.19: <0.19.0,>=0.18.6; 0.21: <0.20.0,>=0.18.6)."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (ours,) = map(Requirement, extras["optional-dependencies"]["deepspeed"])
-    assert ours.specifier.contains("0.18.9")
-    assert not ours.specifier.contains("0.18.5")
-    assert not ours.specifier.contains("0.19.0")
+    assert extras["optional-dependencies"]["deepspeed"] == ["axolotl[deepspeed]"]
+    (bound,) = [
+        requirement
+        for requirement in map(Requirement, metadata.requires("axolotl") or [])
+        if requirement.name == "deepspeed"
+    ]
+    assert bound.specifier.contains(metadata.version("deepspeed"))
 
 
 @pytest.mark.parametrize(("major", "bf16"), [(7, False), (8, True)], ids=["T4", "A100"])

@@ -87,6 +87,7 @@ def load(tmp_path, tiny_model_dir, tiny_dataset):
         return ModelLoader(cfg, load_tokenizer(cfg)).load()[0]
 
     yield model_of
+    PluginManager.get_instance().post_train_unload(None)
     plugins.clear()
     plugins.update(before)
 
