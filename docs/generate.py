@@ -14,6 +14,7 @@ from typing import Any
 import architecture
 import click
 import s2_picture
+import works_with
 import yaml
 
 DOCS = Path(__file__).resolve().parent
@@ -333,6 +334,7 @@ PAGES = {
     "reference/hooks.md": hooks_page,
     "reference/commands.md": commands_page,
     "reference/recipes.md": recipes_page,
+    "reference/works-with.md": works_with.page,
     "reference/api.md": api_page,
     "explanation/architecture.md": architecture_page,
 }

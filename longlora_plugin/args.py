@@ -127,6 +127,13 @@ class LongLoRAConfig(BaseModel):
             return {}
         return {key: value for key, value in self.rope.items() if key != "preset"}
 
+    @field_validator("trainable", mode="before")
+    @classmethod
+    def _kinds_are_a_list(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"got {value!r}; write trainable: [{value}]")
+        return value
+
     @field_validator("rope", mode="before")
     @classmethod
     def _mapping_names_its_preset(cls, value: Any) -> Any:

@@ -150,7 +150,11 @@ class LongLoRAPlugin(BasePlugin):
             from longlora_plugin.attention.schedule import AttentionSchedule
 
             callbacks.append(AttentionSchedule(self._handles, steps, _tell))
-        if run.adapter == "longlora" and (uses_deepspeed(cfg) or uses_fsdp(cfg)):
+        if run.adapter == "longlora" and not (uses_deepspeed(cfg) or uses_fsdp(cfg)):
+            from longlora_plugin.adapter.optimizer import CheckOptimizer
+
+            callbacks.append(CheckOptimizer(str(cfg.optimizer), RecipeError))
+        elif run.adapter == "longlora":
             from longlora_plugin.adapter.callback import SaveWholeAdapter
 
             deepspeed = uses_deepspeed(cfg)

@@ -277,9 +277,15 @@ def enable_shifted_attention(
     covered, skipped = eligible_layers(model)
     if not covered:
         reasons = "; ".join(f"{count} × {reason}" for reason, count in skipped.items())
+        remedy = (
+            "; write model_config: {sliding_window: null} to train and serve it without the "
+            "window, or longlora: {shifted_attention: false}"
+            if "sliding window" in reasons
+            else ""
+        )
         raise ValueError(
             f"shifted attention covers no layer of {type(model).__name__}: "
-            f"{reasons or 'no attention of it goes through the interface of transformers'}"
+            f"{reasons or 'no attention of it goes through the interface of transformers'}{remedy}"
         )
     if any(MARK in module.__dict__ for module in covered):
         raise ValueError("shifted attention is already enabled on this model; remove() it first")

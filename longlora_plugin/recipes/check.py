@@ -194,6 +194,9 @@ def _base_config(raw: Mapping[str, Any], stand_in: str | None, report: Report) -
     try:
         return base_config_of(raw)
     except Exception as told:
+        if isinstance(told, ValueError) and told.__context__ is None and not stand_in:
+            report.problems.append(str(told))
+            return None
         # The host says it for a run, which needs the base; here the reason under it decides.
         error = told.__context__ if isinstance(told, ValueError) and told.__context__ else told
         why = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

@@ -22,6 +22,12 @@ def base_config_of(recipe: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"base_model: {name}: Axolotl does not expand ~; write {Path(name).expanduser()}"
         )
+    if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") > 1):
+        raise ValueError(
+            f"base_model: the folder {name} does not exist (looked for in {Path.cwd()}); write a "
+            "folder that holds the model's config.json, or a name on the Hugging Face hub such as "
+            "org/name"
+        )
     options: dict[str, Any] = {"trust_remote_code": recipe.get("trust_remote_code") is True}
     revision = value_of(recipe, "revision_of_model")
     if revision:

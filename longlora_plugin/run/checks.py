@@ -21,6 +21,7 @@ from longlora_plugin.run.axolotl_keys import (
     model_config_of,
     value_of,
 )
+from longlora_plugin.run.refusals import refused
 
 
 def block_of(recipe: Mapping[str, Any]) -> tuple[LongLoRAConfig, list[str]]:
@@ -50,12 +51,12 @@ def problems_of(
     Args:
         base_config: None where the base model's config cannot be read; what needs it is left out.
     """
+    yield from refused(recipe, block)
     checks: list[Callable[[], Any]] = []
     if block.shifted_attention:
         checks += [
             partial(block.group_size_for, sequence_len),
             partial(_check_attention, recipe),
-            partial(_check_scaling_softmax, recipe),
             partial(find, "longlora_attention_patterns", block.attention_pattern),
         ]
         if base_config is not None:
@@ -148,22 +149,6 @@ def _check_attention(recipe: Mapping[str, Any]) -> None:
     from longlora_plugin.attention.backends import backend_for
 
     backend_for(attention_implementation(recipe))
-    if (recipe.get("context_parallel_size") or 1) > 1:
-        raise ValueError(
-            "shifted attention does not work with context_parallel_size: "
-            f"{recipe['context_parallel_size']}, which gives each GPU a part of the row; remove "
-            "it, or write longlora: {shifted_attention: false}"
-        )
-
-
-def _check_scaling_softmax(recipe: Mapping[str, Any]) -> None:
-    # Axolotl scales scores in its own FlexAttention function, which S² takes the place of in
-    # training only: the model would train without the scale and be evaluated with it.
-    if recipe.get("scaling_softmax"):
-        raise ValueError(
-            "shifted attention does not work with scaling_softmax: true, which would apply in "
-            "evaluation only; remove it, or write longlora: {shifted_attention: false}"
-        )
 
 
 def _check_family(recipe: Mapping[str, Any], base_config: Any) -> None:

@@ -240,6 +240,13 @@ def _updates(
                 f"they train at {recipe['loraplus_lr_ratio']} × learning_rate, embeddings at "
                 "learning_rate, and embedding_lr is not read"
             )
+    finishes = block.shifted_attention and block.full_attention_steps
+    if finishes and recipe.get("early_stopping_patience"):
+        warnings.append(
+            f"early_stopping_patience: {recipe['early_stopping_patience']} may end the run "
+            "before its last steps, which are those that train with full attention "
+            f"(longlora.full_attention_steps: {finishes})"
+        )
     sharded = sharded_fsdp_checkpoints(recipe) if recipe.get("adapter") else {}
     if sharded:
         updates.update(sharded)

@@ -14,6 +14,7 @@ from transformers import (
     MistralConfig,
 )
 
+from longlora_plugin.run.base_model import base_config_of
 from longlora_plugin.run.prepare import asks_for_longlora, prepare_run
 
 
@@ -188,3 +189,21 @@ def test_lm_eval_of_a_merged_model_and_of_a_full_fine_tune_is_accepted():
     tasks = {"lm_eval_tasks": ["ruler"]}
     prepare_run(recipe(**tasks, lm_eval_model="out/merged"), llama()).checked()
     prepare_run(recipe(**tasks, adapter=None, longlora={}), llama()).checked()
+
+
+def test_trainable_as_a_word_says_how_to_write_the_list():
+    (problem,) = prepare_run(recipe(longlora={"trainable": "embeddings"}), llama()).problems
+    assert "write trainable: [embeddings]" in problem
+
+
+@pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "models/of/mine"])
+def test_a_path_that_is_no_folder_is_said_to_be_missing(path):
+    with pytest.raises(ValueError, match=f"the folder {path} does not exist"):
+        base_config_of({"base_model": path})
+
+
+def test_stopping_early_before_the_steps_with_full_attention_is_a_warning():
+    early = recipe(early_stopping_patience=3, longlora={"full_attention_steps": 0.1})
+    assert any("before its last steps" in text for text in prepared(early).warnings)
+    early["longlora"]["full_attention_steps"] = 0
+    assert not any("before its last steps" in text for text in prepared(early).warnings)
