@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from longlora_plugin.run.base_model import base_config_of
 from longlora_plugin.run.built import adapter_keys_of, enable_attention
 from longlora_plugin.run.manifest import check_start, manifest_of
 from longlora_plugin.run.prepare import PreparedRun, asks_for_longlora, prepare_run
+from longlora_plugin.run.report import closing_block, report_data
 from longlora_plugin.run.summary import Built, Fact, built_facts, rope_facts
 
 
@@ -144,7 +146,9 @@ class LongLoRAPlugin(BasePlugin):
         steps = run.block.full_attention_steps_of
         artifacts = SaveArtifacts(manifest_of(run, self._built), steps)
         artifacts.watch(trainer)
-        self._finish.append(artifacts.finish)
+        self._finish += [partial(_close, cfg.axolotl_config_path, artifacts), artifacts.finish]
+        if is_main_process():
+            report_data(run, trainer.train_dataset, log)
         callbacks: list[Any] = [artifacts]
         if self._handles:
             from longlora_plugin.attention.schedule import AttentionSchedule
@@ -208,6 +212,10 @@ def _carried(cfg: Any) -> PreparedRun | None:
 
 def _tell(line: str) -> None:
     log.info("LongLoRA: %s", line)
+
+
+def _close(recipe: str | None, artifacts: Any, folder: Path) -> None:
+    log.info("%s", closing_block(artifacts.manifest, str(folder), recipe))
 
 
 def _log(facts: Iterable[Fact]) -> None:

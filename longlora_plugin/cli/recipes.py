@@ -101,6 +101,7 @@ def init(name: str, settings: tuple[str, ...], output: Path | None, force: bool)
     metavar="FOLDER",
     help="Take the base model's config.json from here (where the hub cannot be reached).",
 )
+@click.option("--strict", is_flag=True, help="Warnings are problems.")
 @json_option("Write the findings as JSON.")
 @click.pass_context
 def check(
@@ -109,6 +110,7 @@ def check(
     gpu: str | None,
     gpus: int,
     base_config: str | None,
+    strict: bool,
     json_path: str | None,
 ) -> None:
     """Check recipes as Axolotl and LongLoRA will see them; loads no model.
@@ -129,7 +131,7 @@ def check(
     out = Output(json_path)
     progress = out.errors
     reports = [
-        check_recipe(path, gpu=gpu, gpus=gpus, base_config=base_config)
+        check_recipe(path, gpu=gpu, gpus=gpus, base_config=base_config, strict=strict)
         for path in track(
             files, "checking", console=progress, transient=True, disable=not progress.is_terminal
         )
@@ -142,6 +144,7 @@ def check(
                 "path": str(report.path),
                 "ok": report.ok,
                 "problems": report.problems,
+                "warnings": report.warnings,
                 "notes": report.notes,
                 "resolved": report.resolved,
             }
@@ -180,6 +183,8 @@ def _print_report(report: Report, *, err: bool) -> None:
     click.secho(f"{report.path}: {verdict}", fg="green" if report.ok else "red", bold=True, err=err)
     for text in report.problems:
         click.echo("  ✗ " + text.replace("\n", "\n    "), err=err)
+    for text in report.warnings:
+        click.secho("  ! " + text.replace("\n", "\n    "), fg="yellow", err=err)
     for text in report.notes:
         click.echo("  · " + text.replace("\n", "\n    "), err=err)
     for fact in report.facts:

@@ -8,7 +8,7 @@ Each part is asked on its own, so that one report holds all that is wrong.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Report:
     Attributes:
         path: the file.
         problems: what has to be changed; the recipe is fine where there are none.
+        warnings: what makes the run useless although it would start; problems with `strict`.
         notes: what to know, and what could not be checked here.
         resolved: what the recipe comes to: the adapter Axolotl gets, group size, contexts, RoPE;
             empty where that could not be decided.
@@ -65,6 +66,7 @@ class Report:
 
     path: Path
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     resolved: dict[str, Any] = field(default_factory=dict)
     facts: list[Fact] = field(default_factory=list)
@@ -76,7 +78,12 @@ class Report:
 
 
 def check_recipe(
-    path: str | Path, *, gpu: str | None = None, gpus: int = 1, base_config: str | None = None
+    path: str | Path,
+    *,
+    gpu: str | None = None,
+    gpus: int = 1,
+    base_config: str | None = None,
+    strict: bool = False,
 ) -> Report:
     """Check a recipe.
 
@@ -85,6 +92,7 @@ def check_recipe(
         gpu: a GPU it has to fit, as `plan` knows it.
         gpus: how many of them.
         base_config: folder or name whose config.json is read instead of the base model's.
+        strict: warnings are problems.
 
     Raises:
         ValueError: `gpu` is unknown. What is wrong with the recipe is in the report.
@@ -108,6 +116,7 @@ def check_recipe(
             from longlora_plugin.evaluation.data import check_held_out_of
 
             _told(lambda: check_held_out_of(run), report)
+        _check_data(raw, run, report)
     schema_is_fine = _check_schema(raw, run, gpu or ASSUMED_GPU, gpus, report)
 
     recipe = Recipe(Path(path), raw, run.block if asks_for_longlora(raw) else None)
@@ -117,6 +126,9 @@ def check_recipe(
         if built and schema_is_fine:
             _check_memory(recipe, config, card, gpus, report)
     _check_deepspeed(recipe, report)
+    if strict:
+        report.problems += report.warnings
+        report.warnings = []
     # Two parts may refuse the same value, each with its own advice: `key: got value; …`.
     unique: dict[str, str] = {}
     for text in report.problems:
@@ -124,6 +136,21 @@ def check_recipe(
     report.problems = list(unique.values())
     report.notes = list(dict.fromkeys(report.notes))
     return report
+
+
+def _check_data(raw: dict[str, Any], run: PreparedRun, report: Report) -> None:
+    from longlora_plugin.recipes.data_lengths import document_lengths
+
+    if not run.base_context or run.problems:
+        return
+    found = document_lengths(raw, run.base_context)
+    if found is None:
+        return
+    lengths, where = found
+    report.resolved["data"] = asdict(lengths) | {"share_beyond": lengths.share_beyond}
+    report.notes.append(f"datasets: {lengths} ({where})")
+    if warning := lengths.warning():
+        report.warnings.append(f"datasets: {warning}")
 
 
 def capabilities_of(gpu: str, gpus: int) -> dict[str, Any]:
