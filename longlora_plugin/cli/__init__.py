@@ -1,4 +1,4 @@
-"""`axolotl longlora …`: one file a command, each imported when it is used.
+"""`longlora …` and `axolotl longlora …`: one file a command, each imported when it is used.
 
 The commands only parse options, call one part of the package, and print; torch and transformers
 are imported inside them, so that `--help` stays instant.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
+import sys
 from typing import Any
 
 import click
@@ -64,5 +66,31 @@ def _told(error: OSError) -> str:
 
 
 @click.group(cls=LazyGroup)
-def longlora() -> None:
+@click.pass_context
+def longlora(ctx: click.Context) -> None:
     """Plan, check and measure long-context fine-tuning (LongLoRA)."""
+    if ctx.parent is not None:
+        take_axolotls_banner_back()
+
+
+def take_axolotls_banner_back() -> None:
+    """Remove Axolotl's banner from a file that standard output goes to.
+
+    `axolotl` prints it before any command is imported. What has gone into a pipe stays there:
+    `longlora` prints none.
+    """
+    art = sys.modules.get("axolotl.cli.art")
+    if not getattr(art, "HAS_PRINTED_LOGO", False):
+        return
+    banner = f"{getattr(art, 'AXOLOTL_LOGO', '')}\n".encode()
+    try:
+        sys.stdout.flush()
+        output = sys.stdout.fileno()
+        begin = os.lseek(output, 0, os.SEEK_CUR) - len(banner)
+        with open(f"/dev/fd/{output}", "rb") as file:
+            file.seek(begin)
+            if file.read() == banner:
+                os.ftruncate(output, begin)
+                os.lseek(output, begin, os.SEEK_SET)
+    except (OSError, ValueError):
+        pass  # a pipe, a terminal, or no file of the system at all

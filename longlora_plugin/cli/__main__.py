@@ -2,4 +2,4 @@
 
 from longlora_plugin.cli import longlora
 
-longlora(prog_name="axolotl longlora")
+longlora(prog_name="longlora")

@@ -46,6 +46,8 @@ def command(options: PerplexityOptions, choice: ModelChoice, files: Files, recip
     if len({corpus.digest for corpus in corpora.values()}) > 1:
         run.out.table(tables.byte_table(rows))
     run.out.table(tables.bucket_table(rows))
+    for verdict in tables.verdicts(rows):
+        run.out.print(verdict, markup=False)
     if run.out.plot:
         plots.plot_positions(rows, run.out.plot)
     for what, path in (("rows", run.out.json_file), ("plot", run.out.plot)):

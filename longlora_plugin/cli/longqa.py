@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from longlora_plugin.checkpoints.files import as_json, write_text
-from longlora_plugin.cli.options import options_of
+from longlora_plugin.cli.options import json_option, options_of
+from longlora_plugin.cli.output import Output
 from longlora_plugin.longqa.documents import Limits
 from longlora_plugin.longqa.endpoint import Requests
 from longlora_plugin.longqa.settings import Settings
@@ -49,7 +49,7 @@ def command() -> None:
 @options_of(Requests)
 @click.option("--dry-run", is_flag=True, help="Say what would be asked and cost; write nothing.")
 @click.option("--strict", is_flag=True, help="Exit with 3 where a document was skipped.")
-@click.option("--json", "json_path", type=FILE, help="Write the report here.")
+@json_option("Write the report as JSON.")
 def build(source: Path, out: Path, **options: Any) -> None:
     """Build OUT (.jsonl) from SOURCE, a document or a folder of them.
 
@@ -60,13 +60,13 @@ def build(source: Path, out: Path, **options: Any) -> None:
     documents were skipped); 4 the endpoint is of no use; 5 the budget is used up; 6 the disk is
     full or a file cannot be written; 130 interrupted. What was finished is always kept.
     """
+    output = Output(options["json_path"])
     try:
         report = _build(source, out, options)
     except (ValueError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from error
-    _show_report(report, source, out, dry_run=options["dry_run"])
-    if options["json_path"]:
-        write_text(options["json_path"], as_json(report.as_json()))
+    _show_report(output, report, source, out, dry_run=options["dry_run"])
+    output.write_json(report.as_json(), "report")
     exit_code = report.exit_code
     if options["strict"] and report.skipped and exit_code == 0:
         exit_code = 3
@@ -158,12 +158,10 @@ class _Progress:
         )
 
 
-def _show_report(report: Report, source: Path, out: Path, *, dry_run: bool) -> None:
-    from rich.console import Console
+def _show_report(output: Output, report: Report, source: Path, out: Path, *, dry_run: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
     table = Table(title=f"longqa build {'(dry run)' if dry_run else ''}", title_justify="left")
     table.add_column("what")
     table.add_column("how many", justify="right")
@@ -184,15 +182,15 @@ def _show_report(report: Report, source: Path, out: Path, *, dry_run: bool) -> N
         table.add_row("sentences longer than a window, left out", f"{report.left_out:,}")
     if any(report.tokens) and not dry_run:
         table.add_row("tokens spent", f"{sum(report.tokens):,}")
-    console.print(table)
+    output.table(table)
     for name, why in report.skipped.items():
-        console.print(f"[yellow]skipped[/] {escape(name)}: {escape(why)}", highlight=False)
+        output.print(f"[yellow]skipped[/] {escape(name)}: {escape(why)}")
     for name, twin in report.duplicates.items():
-        console.print(f"[yellow]skipped[/] {escape(name)}: nearly the same as {escape(twin)}")
+        output.print(f"[yellow]skipped[/] {escape(name)}: nearly the same as {escape(twin)}")
     for name, why in report.barren.items():
-        console.print(f"[yellow]no pairs[/] from {escape(name)}: {escape(why)}", highlight=False)
+        output.print(f"[yellow]no pairs[/] from {escape(name)}: {escape(why)}")
     for why, number in report.failed.items():
-        console.print(f"[red]{number} requests failed[/]: {escape(why)}", highlight=False)
+        output.print(f"[red]{number} requests failed[/]: {escape(why)}")
     if report.stopped:
         click.echo(f"Stopped: {report.stopped}", err=True)
     elif not dry_run and not report.pairs.total():
@@ -205,9 +203,8 @@ def _show_report(report: Report, source: Path, out: Path, *, dry_run: bool) -> N
     elif report.failed:
         click.echo("Incomplete: give the same command again to ask for what failed", err=True)
     if not dry_run and report.pairs.total():
-        console.print(
-            f"{escape(str(out))} holds {report.pairs['train'] + report.pairs['short']:,} rows",
-            highlight=False,
+        output.print(
+            f"{escape(str(out))} holds {report.pairs['train'] + report.pairs['short']:,} rows"
         )
 
 
@@ -215,18 +212,19 @@ def _show_report(report: Report, source: Path, out: Path, *, dry_run: bool) -> N
 @click.argument("files", nargs=-1, required=True, type=FILE)
 @click.option("--tokenizer", help="Measure with it; default: lengths recorded by the build.")
 @click.option("--sequence-len", type=POSITIVE, help="The recipe's, to count longer pairs.")
-@click.option("--json", "json_path", type=FILE, help="Write the figures here.")
+@json_option("Write the figures as JSON.")
 @click.option("--plot", type=FILE, help="Draw lengths and depths to this PNG.")
 def stats(
     files: tuple[Path, ...],
     tokenizer: str | None,
     sequence_len: int | None,
-    json_path: Path | None,
+    json_path: str | None,
     plot: Path | None,
 ) -> None:
     """Describe LongQA or LongAlpaca FILES: pairs, kinds, lengths, warnings."""
     from longlora_plugin.longqa.stats import describe, draw, summarize
 
+    output = Output(json_path)
     loaded = _load_tokenizer(tokenizer) if tokenizer else None
     every, damaged, alone = [], {}, []
     for path in files:
@@ -235,24 +233,21 @@ def stats(
         damaged.update(bad)
         alone.append(summarize(rows, bad, sequence_len=sequence_len))
     total = summarize(every, damaged, sequence_len=sequence_len)
-    _show_stats(total)
-    if json_path:
-        per_file = [
-            {"file": str(path), **one.as_json()} for path, one in zip(files, alone, strict=True)
-        ]
-        write_text(json_path, as_json({**total.as_json(), "by_file": per_file}))
+    _show_stats(output, total)
+    per_file = [
+        {"file": str(path), **one.as_json()} for path, one in zip(files, alone, strict=True)
+    ]
+    output.write_json({**total.as_json(), "by_file": per_file})
     if plot:
         if not every:
             raise ValueError("there are no pairs to draw")
         draw(every, plot, sequence_len=sequence_len)
 
 
-def _show_stats(total: Statistics) -> None:
-    from rich.console import Console
+def _show_stats(output: Output, total: Statistics) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
     table = Table(title="longqa stats", title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")
@@ -266,6 +261,6 @@ def _show_stats(total: Statistics) -> None:
         table.add_row(f"{total.unit}, {name}", f"{length:,.0f}")
     for size, share in total.above.items():
         table.add_row(f"above {int(size):,} tokens", f"{share:.1%}")
-    console.print(table)
+    output.table(table)
     for warning in total.warnings:
-        console.print(f"[yellow]warning[/] {escape(warning)}", highlight=False)
+        output.print(f"[yellow]warning[/] {escape(warning)}")

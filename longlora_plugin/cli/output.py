@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 STANDARD_OUTPUT = "-"
+UNLIMITED = 10_000
+"""Columns of what is not a terminal: nothing has to fit."""
+SPEED_OVER = 3600.0
+"""Seconds over which a bar's speed is averaged: lengths take very different times."""
 
 
 class Output:
@@ -41,6 +45,8 @@ class Output:
         # The stream itself: what redirects standard error for a while leaves progress alone.
         self.errors = Console(file=sys.stderr, quiet=quiet)
         self.console = self.errors if self.is_piped else Console(quiet=quiet)
+        if not self.console.is_terminal:
+            self.console.width = UNLIMITED
 
     @property
     def is_piped(self) -> bool:
@@ -57,7 +63,15 @@ class Output:
         self.console.print(*what, **({"highlight": False, "soft_wrap": True} | options))
 
     def table(self, table: Any) -> None:
-        """Print a table."""
+        """Print a table, nothing of it cut: on a narrow terminal cells go on in the next line."""
+        for column in table.columns:
+            column.overflow = "fold"
+        if self.console.is_terminal:
+            from rich.measure import Measurement
+
+            names = [table.columns[0].header, *table.columns[0].cells]
+            widest = max(Measurement.get(self.console, self.console.options, n)[1] for n in names)
+            table.columns[0].width = min(widest, self.console.width // 2)
         self.console.print(table)
 
     def note(self, text: str) -> None:
@@ -82,33 +96,47 @@ class Output:
             self.print(f"{what}: {path}", markup=False)
 
     @contextmanager
-    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
-        """A bar for each thing in progress; call the result with (what, just done, in all)."""
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+    def progress(self) -> Iterator[Callable[[str, float], None]]:
+        """One bar for a whole command; call the result with (what is done now, share of all)."""
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TaskProgressColumn(),
+            _end_time_column(),
         )
-        with Progress(*columns, console=self.errors, transient=True) as progress:
-            tasks: dict[str, Any] = {}
+        with Progress(
+            *columns, console=self.errors, transient=True, speed_estimate_period=SPEED_OVER
+        ) as bar:
+            task = bar.add_task("starting", total=1.0)
+            yield lambda what, share: bar.update(task, description=what, completed=share)
 
-            def advance(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    for finished in tasks.values():
-                        progress.update(finished, visible=False)
-                    tasks[what] = progress.add_task(what, total=total)
-                progress.advance(tasks[what], done)
 
-            yield advance
+def _end_time_column() -> Any:
+    from datetime import datetime, timedelta
+
+    from rich.progress import ProgressColumn, Task
+    from rich.text import Text
+
+    class EndTimeColumn(ProgressColumn):
+        """How long it still takes, and when it ends."""
+
+        max_refresh = 1.0
+
+        def render(self, task: Task) -> Text:
+            left = task.time_remaining
+            if left is None:
+                return Text("ends --:--", style="progress.remaining")
+            now = datetime.now()
+            end = now + timedelta(seconds=left)
+            day = "" if end.date() == now.date() else f"{end:%a} "
+            return Text(
+                f"{timedelta(seconds=int(left))} left, ends {day}{end:%H:%M}",
+                style="progress.remaining",
+            )
+
+    return EndTimeColumn()
 
 
 def _expanded(path: str | None) -> str | None:

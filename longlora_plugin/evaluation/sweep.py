@@ -62,10 +62,41 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told what happens: `note` what a user should know, `progress` (what, done, total)."""
+    """Who is told what happens.
+
+    Attributes:
+        note: what a user should know.
+        progress: what is measured now, and the share of all work that is done.
+    """
 
     note: Callable[[str], None] = field(default=lambda note: None)
-    progress: Callable[[str, int, int], None] = field(default=lambda what, done, total: None)
+    progress: Callable[[str, float], None] = field(default=lambda what, share: None)
+
+
+class Share:
+    """The share of a sweep that is done; a row's work grows with its length."""
+
+    def __init__(self, cells: Sequence[Cell], tell: Callable[[str, float], None]) -> None:
+        self._all = sum(map(_work, cells)) or 1
+        self._done = 0.0
+        self._tell = tell
+
+    def of_row(self, what: str, cell: Cell) -> Callable[[int, int], None]:
+        """Function (just done, in all) for one row, which then counts."""
+        before, amount = self._done, 0
+        self._done += _work(cell)
+
+        def advance(done: int, total: int) -> None:
+            nonlocal amount
+            amount += done
+            self._tell(what, (before + _work(cell) * min(1, amount / total)) / self._all)
+
+        self._tell(what, before / self._all)
+        return advance
+
+
+def _work(cell: Cell) -> float:
+    return float(cell.get("length", 1))
 
 
 def sweep(
@@ -107,6 +138,8 @@ def sweep(
     def finished() -> list[Row]:
         return [row for row in rows if row is not None]
 
+    missing = [cell for (_, cell, _), row in zip(wanted, rows, strict=True) if row is None]
+    share = Share(missing, listener.progress)
     model: LoadedModel | None = None
     for index, (source, cell, settings) in enumerate(wanted):
         if rows[index] is not None:
@@ -115,7 +148,7 @@ def sweep(
             model = None  # the last one's memory is free before the next one loads
             model = source.load(processes.device, dtype)
         try:
-            row = _row(experiment, model, cell, settings, processes, listener)
+            row = _row(experiment, model, cell, settings, processes, share)
         except NotMeasurable as reason:
             listener.note(str(reason))
             continue
@@ -139,14 +172,12 @@ def _row(
     cell: Cell,
     settings: str,
     processes: Processes,
-    listener: Listener,
+    share: Share,
 ) -> Row:
     source = model.source
     what = ", ".join(map(str, (source.label, *cell.values())))
     started = time.perf_counter()
-    figures = experiment.measure(
-        model, cell, lambda done, total: listener.progress(what, done, total)
-    )
+    figures = experiment.measure(model, cell, share.of_row(what, cell))
     return {
         "model": source.label,
         **cell,

@@ -16,6 +16,8 @@ TABLE: dict[str, Any] = {
     "title_style": "bold",
     "min_width": 60,
 }
+HOLDS_WITHIN = 1.1
+"""Perplexity over that at the base model's context up to which a model holds."""
 LIGHTEST = (247, 240, 228)
 DARKEST = (33, 102, 112)
 """Shades of 0 and of 100 %."""
@@ -94,6 +96,34 @@ def bucket_table(rows: Sequence[Row]) -> Table:
             style="" if inside else "bold",
         )
     return table
+
+
+def verdicts(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each model: how far its perplexity holds, in windows of the longest length.
+
+    It holds up to a position while no bucket from the base model's context on is more than
+    `HOLDS_WITHIN` above the last one inside. Empty where the windows do not go beyond that context.
+    """
+    found = []
+    for row in (each for each in rows if each["length"] == lengths_of(rows)[-1]):
+        known = [bucket for bucket in row["buckets"] if bucket["perplexity"]]
+        inside = [bucket for bucket in known if bucket["to"] <= row["base_context"]]
+        beyond = [bucket for bucket in known if bucket["to"] > row["base_context"]]
+        if not inside or not beyond:
+            continue
+        at, base = inside[-1]["to"], inside[-1]["perplexity"]
+        ratios = [(bucket["to"], bucket["perplexity"] / base) for bucket in beyond]
+        lost = next((place for place, (_, r) in enumerate(ratios) if r > HOLDS_WITHIN), None)
+        to, ratio = ratios[-1]
+        if lost is None:
+            found.append(f"{row['model']} holds to {to}: {ratio:.2f} × its perplexity at {at}")
+        else:
+            holds = at if lost == 0 else ratios[lost - 1][0]
+            found.append(
+                f"{row['model']} does not hold beyond {holds}: {ratio:.2f} × its perplexity at "
+                f"{at} by {to}"
+            )
+    return found
 
 
 def depth_tables(rows: Sequence[Row]) -> list[Table]:
