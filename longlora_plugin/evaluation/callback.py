@@ -150,7 +150,8 @@ class LongContextCallback(TrainerCallback):
         self.log({"long_context/base_perplexity_at_original": self.base_perplexity})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every_steps == 0:
+        # Loggers close their run at the end of training: what comes later opens another one.
+        if state.global_step % self.every_steps == 0 or control.should_training_stop:
             self._measure(kwargs["model"], args, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
