@@ -235,11 +235,43 @@ def parse_block(raw: Any) -> LongLoRAConfig:
     try:
         return LongLoRAConfig(**{str(key): value for key, value in raw.items()})
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(problem) for problem in error.errors())) from None
+        raise ValueError(
+            "\n".join(dict.fromkeys(_explain(problem) for problem in error.errors()))
+        ) from None
+
+
+EXPECTED = {
+    "list": "a list",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a name",
+    "dict": "a mapping",
+}
+"""First word of pydantic's error types → what to write."""
+EXAMPLES = {
+    "group_size": "group_size: 2048",
+    "group_size_ratio": "group_size_ratio: 0.25",
+    "full_attention_steps": "full_attention_steps: 0.1",
+    "rope": "rope: yarn",
+    "held_out": "held_out: books.txt",
+    "held_out_steps": "held_out_steps: 100",
+}
 
 
 def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in ("longlora", *problem["loc"]))
+    loc = [part for part in problem["loc"] if part not in ("str", "dict[str,any]")]
+    key = ".".join(str(part) for part in ("longlora", *loc))
+    kind = problem["type"].split("_")[0]
+    if kind in EXPECTED:
+        given = problem["input"]
+        example = EXAMPLES.get(loc[0], "")
+        if kind == "list":
+            example = f"{loc[0]}: [{'' if given is None else given}]"
+        elif kind == "dict":
+            example = f"{loc[0]}: {{preset: yarn, factor: 8}}"
+        instead = f", for example {example}" if example else ""
+        return f"{key}: got {given!r}; write {EXPECTED[kind]}{instead}"
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "value_error":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -109,3 +110,20 @@ def test_importing_the_package_loads_no_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("block", "instead"),
+    [
+        ({"trainable": "embeddings"}, "write a list, for example trainable: [embeddings]"),
+        ({"group_size": "2k"}, "write a whole number, for example group_size: 2048"),
+        ({"shifted_attention": "sometimes"}, "got 'sometimes'; write true or false"),
+        ({"held_out": 3}, "write a name, for example held_out: books.txt"),
+        ({"rope": 3}, "write a mapping, for example rope: {preset: yarn, factor: 8}"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_says_what_to_write(block, instead):
+    with pytest.raises(ValueError, match=re.escape(instead)) as error:
+        parse_block(block)
+    assert "valid" not in str(error.value)
+    assert "longlora.rope.str" not in str(error.value)
