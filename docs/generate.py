@@ -18,6 +18,8 @@ import works_with
 import yaml
 
 DOCS = Path(__file__).resolve().parent
+WIDTH = 76
+"""Columns of a code block that fit on a page of the site."""
 GENERATED = "<!-- Written by docs/generate.py from the code; do not edit. -->\n\n"
 
 
@@ -52,7 +54,7 @@ The block works with `adapter: longlora`, `lora`, `qlora`, or none (full fine-tu
 
 ## For editors
 
-`axolotl longlora recipes schema --output longlora.schema.json` writes a JSON Schema of the block,
+`longlora recipes schema --output longlora.schema.json` writes a JSON Schema of the block,
 with the names of the presets, patterns and module kinds that are installed. Editors that use
 yaml-language-server complete and check a recipe whose first line is
 
@@ -131,7 +133,7 @@ longlora:
   rope: {preset: yarn, factor: 8}
 ```
 
-`auto` is the default: the log and `axolotl longlora recipes check` say what it chose and why. Every
+`auto` is the default: the log and `longlora recipes check` say what it chose and why. Every
 preset but `none` also takes `replace: true`, which drops the base model's own scaling and
 starts from its original context. A base that supports `sequence_len` already is left alone. What a
 preset writes is in the config before the model is built, in the run's `config.json`, and in the
@@ -243,10 +245,12 @@ def commands_page() -> str:
     parts = [
         "# Commands\n",
         GENERATED.strip(),
-        "\nAll are under `axolotl longlora`. Wrong values are one clear error; exit status 2 is "
+        "\nThe command is `longlora`; `axolotl longlora` is the same, starts more slowly "
+        "and puts Axolotl's banner into pipes. "
+        "Wrong values are one clear error; exit status 2 is "
         "wrong usage.\n",
     ]
-    root = click.Context(longlora, info_name="axolotl longlora")
+    root = click.Context(longlora, info_name="longlora")
     for name in sorted(COMMANDS):
         command = longlora.get_command(root, name)
         assert command is not None
@@ -255,9 +259,9 @@ def commands_page() -> str:
 
 
 def _command(command: click.Command, parent: click.Context, name: str, level: int) -> list[str]:
-    context = click.Context(command, info_name=name, parent=parent, max_content_width=96)
+    context = click.Context(command, info_name=name, parent=parent, max_content_width=WIDTH)
     context.terminal_width = 96
-    title = context.command_path.removeprefix("axolotl longlora ")
+    title = context.command_path.removeprefix("longlora ")
     help_text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
     parts = [f"{'#' * level} {title}\n", f"```text\n{help_text}\n```\n"]
     if isinstance(command, click.Group):
@@ -288,8 +292,8 @@ def recipes_page() -> str:
         + """
 
 ```bash
-axolotl longlora recipes init qlora-24gb --set sequence_len=32768
-axolotl longlora recipes check qlora-24gb.yml --gpu rtx4090-24gb
+longlora recipes init qlora-24gb --set sequence_len=32768
+longlora recipes check qlora-24gb.yml --gpu rtx4090-24gb
 ```
 
 [How to check a recipe](../howto/recipes.md)

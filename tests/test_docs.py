@@ -72,7 +72,7 @@ def test_yaml_in_the_docs_is_valid_and_so_is_every_longlora_block_in_it(path):
 def test_commands_in_the_docs_exist_with_their_options(path):
     text = "\n".join(code_blocks(path, "bash"))
     for line in re.sub(r"\\\n", " ", text).splitlines():
-        found = re.match(r"(?:axolotl longlora|.*-m longlora_plugin\.cli) (.*)", line)
+        found = re.match(r"(?:(?:axolotl )?longlora|.*-m longlora_plugin\.cli) (.*)", line)
         if not found:
             continue
         words = found[1].split("#")[0].split()
@@ -84,6 +84,15 @@ def test_commands_in_the_docs_exist_with_their_options(path):
             words = words[1:]
         known = {name for parameter in command.params for name in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known, line
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_code_fits_on_a_page_of_the_site(path):
+    if path.name == "hooks.md":
+        return  # the example package's own source
+    kinds = ("bash", "yaml", "python", "json", "text")
+    lines = "\n".join(block for kind in kinds for block in code_blocks(path, kind)).splitlines()
+    assert [line for line in lines if len(line) > 76] == []
 
 
 def test_recipes_named_in_the_docs_exist():

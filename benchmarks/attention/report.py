@@ -99,10 +99,17 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
     from matplotlib import pyplot
 
     panels = sorted({(row.attention, row.groups) for row in rows}, reverse=True)
+    columns = min(2, len(panels))  # as many as can be read at the width of a page
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5 * len(panels), 4.2), sharey=True, squeeze=False
+        -(-len(panels) // columns),
+        columns,
+        figsize=(4.6 * columns, 3.6 * -(-len(panels) // columns)),
+        sharey=True,
+        squeeze=False,
     )
-    for axis, (attention, groups) in zip(axes[0], panels, strict=True):
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (attention, groups) in zip(axes.flat, panels, strict=False):
         here = [row for row in rows if (row.attention, row.groups) == (attention, groups)]
         for method in dict.fromkeys(row.method for row in here):
             points = sorted((r.length, r.seconds) for r in here if r.method == method)
@@ -114,7 +121,8 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
         )
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("seconds, forward + backward")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("seconds, forward + backward")
     axes[0][0].legend()
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()

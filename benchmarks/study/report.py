@@ -13,6 +13,7 @@ from benchmarks.study import results as figures
 from benchmarks.study.claims import CLAIMS, difference
 from benchmarks.study.plan import QUESTIONS, Question, Row
 from benchmarks.study.results import Results, Value
+from longlora_plugin.evaluation.plots import log_ticks
 
 INTRODUCTION = Path(__file__).with_name("introduction.md")
 CONCLUSIONS = Path(__file__).with_name("conclusions.md")
@@ -125,14 +126,14 @@ def plot(question: Question, results: Results, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = [row for row in question.rows if results.of(row)]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.5, 4), layout="constrained")
     retrieval = rows[0].settings.task == "retrieval"
     draw = _draw_lengths if retrieval else _draw_positions
     if question.name == "steps":
         draw = _draw_steps
     draw(axes, rows, results)
     axes.set_title(question.title)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -157,11 +158,16 @@ def _draw_lengths(axes: Any, rows: Sequence[Row], results: Results) -> None:
 
 
 def _draw_steps(axes: Any, rows: Sequence[Row], results: Results) -> None:
+    every: list[float] = []
     for row in rows:
         watched = next(iter(results.of(row).values()))["watched"]
-        steps = [int(step) for step in watched]
-        axes.plot(steps, [seen["perplexity"] for seen in watched.values()], "o-", label=row.label)
+        values = [seen["perplexity"] for seen in watched.values()]
+        axes.plot([int(step) for step in watched], values, "o-", label=row.label)
+        every += values
     axes.set_yscale("log")
+    ticks = log_ticks(min(every), max(every))
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("perplexity on held-out books")
 

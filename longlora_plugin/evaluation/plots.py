@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def plot_positions(rows: Sequence[Row], path: str | Path, *, title: str | None =
 
     Buckets are drawn at their geometric middle; the base model's context is marked.
     """
-    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     figure, axes = _figure(8, 4.6)
     longest = [row for row in rows if row["length"] == lengths_of(rows)[-1]]
@@ -89,7 +90,8 @@ def plot_positions(rows: Sequence[Row], path: str | Path, *, title: str | None =
     # Where a model falls apart beyond its context, a linear scale would flatten all the others.
     if values and max(values) > 4 * min(values):
         axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_yticks(log_ticks(min(values), max(values)))
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ticks = sorted({e for b in first["buckets"] for e in (b["from"], b["to"]) if e >= left})
     doubled = [edge for edge in ticks if _is_doubling(edge, first["length"])]
@@ -210,6 +212,18 @@ def _middle(bucket: dict[str, Any]) -> float:
         if bucket["from"]
         else (bucket["to"] / 2)
     )
+
+
+def log_ticks(low: float, high: float, at_least: int = 4) -> list[float]:
+    """Round numbers around `low` … `high` for a logarithmic axis, as coarse as they are enough."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        ticks = [float(f"{digit}e{decade}") for decade in decades for digit in digits]
+        inside = [tick for tick in ticks if low <= tick <= high]
+        if len(inside) >= at_least:
+            return inside
+    return [tick for tick in ticks if low / 1.5 <= tick <= high * 1.5]
 
 
 def _is_doubling(edge: int, length: int) -> bool:
