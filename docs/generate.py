@@ -260,7 +260,7 @@ def commands_page() -> str:
 
 def _command(command: click.Command, parent: click.Context, name: str, level: int) -> list[str]:
     context = click.Context(command, info_name=name, parent=parent, max_content_width=WIDTH)
-    context.terminal_width = 96
+    context.terminal_width = WIDTH
     title = context.command_path.removeprefix("longlora ")
     help_text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
     parts = [f"{'#' * level} {title}\n", f"```text\n{help_text}\n```\n"]
