@@ -241,7 +241,6 @@ def parse_block(raw: Any) -> LongLoRAConfig:
 
 
 EXPECTED = {
-    "list": "a list",
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
@@ -266,9 +265,7 @@ def _explain(problem: Any) -> str:
     if kind in EXPECTED:
         given = problem["input"]
         example = EXAMPLES.get(loc[0], "")
-        if kind == "list":
-            example = f"{loc[0]}: [{'' if given is None else given}]"
-        elif kind == "dict":
+        if kind == "dict":
             example = f"{loc[0]}: {{preset: yarn, factor: 8}}"
         instead = f", for example {example}" if example else ""
         return f"{key}: got {given!r}; write {EXPECTED[kind]}{instead}"

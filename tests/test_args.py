@@ -115,7 +115,7 @@ def test_importing_the_package_loads_no_torch():
 @pytest.mark.parametrize(
     ("block", "instead"),
     [
-        ({"trainable": "embeddings"}, "write a list, for example trainable: [embeddings]"),
+        ({"trainable": "embeddings"}, "write trainable: [embeddings]"),
         ({"group_size": "2k"}, "write a whole number, for example group_size: 2048"),
         ({"shifted_attention": "sometimes"}, "got 'sometimes'; write true or false"),
         ({"held_out": 3}, "write a name, for example held_out: books.txt"),
