@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,15 +22,9 @@ from longlora_plugin.attention.layout import ends, head_runs, segments
 
 THOROUGH = settings(max_examples=250, deadline=None)
 DENSE = ("sdpa", "eager")
-# bf16 keeps 8 bits; written out, the scores themselves are rounded to them before the softmax.
-TOLERANCE = {
-    ("sdpa", torch.float64): 1e-11,
-    ("eager", torch.float64): 1e-11,
-    ("sdpa", torch.float32): 2e-5,
-    ("eager", torch.float32): 2e-5,
-    ("sdpa", torch.bfloat16): 2e-2,
-    ("eager", torch.bfloat16): 5e-2,
-}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
+ROUNDING = torch.finfo(torch.bfloat16).eps / 2
+"""Largest relative error of rounding to bf16, 2⁻⁸."""
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -140,25 +135,41 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+def values_and_gradients(
+    attention: Callable[..., torch.Tensor], inputs: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The output, and the gradients of a fixed weighted sum of it."""
+    out = attention(*inputs)
+    towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    # The same weights in every dtype.
+    return [out, *torch.autograd.grad(out, inputs, towards.bfloat16().to(out.dtype))]
+
+
 def assert_equals_definition(case: Case, backend: str) -> None:
     inputs = case.inputs()
     kept = [x.detach().clone() for x in inputs]
-    out = case.run(inputs, backend)
-    doubles = [x.detach().double().requires_grad_() for x in inputs]
-    expected = dense_attention.attention(*doubles, case.mask, scale=case.scale)
-    tolerance = TOLERANCE[backend, case.dtype]
-    assert out.dtype == case.dtype
-    assert_near(out, expected, tolerance)
-    towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(case.dtype)
-    gradients = torch.autograd.grad(out, inputs, towards)
-    expected_gradients = torch.autograd.grad(expected, doubles, towards.double())
-    # The gradient of a shared KV head is a sum over its query heads, in bf16 rounded at each.
-    shared = (case.heads // case.kv_heads) ** 0.5 if case.dtype == torch.bfloat16 else 1.0
-    bounds = (tolerance, tolerance * shared, tolerance * shared)
-    for gradient, wanted, bound in zip(gradients, expected_gradients, bounds, strict=True):
-        assert_near(gradient, wanted, bound)
+    ours = values_and_gradients(lambda *qkv: case.run(list(qkv), backend), inputs)
+    assert ours[0].dtype == case.dtype
     for x, before in zip(inputs, kept, strict=True):
         assert torch.equal(x.detach(), before), "an input was written to"
+
+    def dense(dtype: torch.dtype) -> list[torch.Tensor]:
+        copies = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        attend = partial(dense_attention.attention, mask=case.mask, scale=case.scale, dtype=dtype)
+        return values_and_gradients(attend, copies)
+
+    wanted = dense(torch.float64)
+    if case.dtype != torch.bfloat16:
+        for ours_, wanted_ in zip(ours, wanted, strict=True):
+            assert_near(ours_, wanted_, TOLERANCE[case.dtype])
+        return
+    # As FlashAttention is tested: no more than twice the error of dense attention in bf16, and,
+    # where that is exact by luck, what a few roundings of the largest value come to.
+    for ours_, wanted_, rounded in zip(ours, wanted, dense(torch.bfloat16), strict=True):
+        largest = max(1.0, wanted_.abs().max().item())
+        bound = 2 * (rounded.double() - wanted_).abs().max().item() + 4 * ROUNDING * largest
+        error = (ours_.double() - wanted_).abs().max().item()
+        assert error <= bound, f"error {error:.3g}, bound {bound:.3g}, values up to {largest:.3g}"
 
 
 # --- the oracle ------------------------------------------------------------------------------

@@ -49,14 +49,16 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """Attention where `mask` is True, [B, H, N, D], float64.
+    """Attention where `mask` is True, [B, H, N, D].
 
     Args:
         query: [B, H, N, D]; key, value: [B, K, N, D].
         mask: bool [H, N, N] or [B, H, N, N]; rows that see nothing (padding) come out as zero.
+        dtype: float64 for the definition; another to see what computing in it costs.
     """
-    query, key, value = query.double(), key.double(), value.double()
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -64,7 +66,7 @@ def attention(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, -torch.inf)
     if sinks is not None:
-        sink = sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        sink = sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], -1)
     nothing = scores.isneginf().all(-1, keepdim=True)
     weights = scores.masked_fill(nothing, 0).softmax(-1)[..., : key.shape[2]]
