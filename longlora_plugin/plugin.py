@@ -23,6 +23,11 @@ from longlora_plugin.host.compat import (
     uses_deepspeed,
     uses_fsdp,
 )
+from longlora_plugin.host.preference import (
+    has_adapter,
+    precompute_references,
+    use_own_reference,
+)
 from longlora_plugin.rope import check_built_rope, keep_both_spellings
 from longlora_plugin.run.base_model import base_config_of
 from longlora_plugin.run.built import adapter_keys_of, enable_attention
@@ -41,6 +46,7 @@ class LongLoRAPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self._handles: list[Any] = []  # a reference model has one, too
+        self._models: list[Any] = []
         self._wanted: list[str] = []
         self._built = Built()
         self._finish: list[Callable[[Path], None]] = []
@@ -53,6 +59,7 @@ class LongLoRAPlugin(BasePlugin):
         """Decide the run and write it into the recipe; nothing is loaded before this passes."""
         if is_duplicate_instance(self) or _carried(cfg) or not asks_for_longlora(cfg):
             return
+        self._forget()
         with recipe_errors():
             recipe = cfg.to_dict()
             base = base_config_of(recipe)
@@ -105,14 +112,40 @@ class LongLoRAPlugin(BasePlugin):
             keep_both_spellings(model.config)
             if cfg.merge_lora or cfg.inference:
                 return
-            trained = self._prepare_adapter(cfg, model) if run.adapter == "longlora" else None
+            self._models.append(model)
+            late = run.adapter == "longlora" and not has_adapter(model)
+            trained = self._prepare_adapter(cfg, run, model) if not late else None
             handle = enable_attention(run, model)
         if handle is not None:
             self._handles.append(handle)
+        if len(self._models) > 1:
+            return  # a reference model
+        if cfg.precompute_ref_log_probs:
+            attention = (run.group_size, run.full_attention_below, run.attention_pattern)
+            self._undo.append(precompute_references(self._handles, attention, run.model_config))
+        if not late:
+            self._describe(cfg, run, trained)
+
+    def _settle_models(self, cfg: Any, run: PreparedRun, trainer: Any) -> None:
+        """What only the trainer knows: an adapter that TRL attached, and which model refers."""
+        use_own_reference(trainer, self._models)
+        for handle in self._handles:
+            handle.follow(trainer.model)
+        if run.adapter == "longlora" and not has_adapter(self._models[0]):
+            with recipe_errors():
+                trained = self._prepare_adapter(cfg, run, trainer.model, attached_by_trl=True)
+            self._describe(cfg, run, trained)
+
+    def _describe(self, cfg: Any, run: PreparedRun, trained: Any) -> None:
+        handle = self._handles[0] if self._handles else None
         self._built = Built.of(handle, trained, cfg.lora_target_modules)
         _log(built_facts(run, self._built))
 
-    def _prepare_adapter(self, cfg: Any, model: Any) -> Any:
+    def _prepare_adapter(
+        self, cfg: Any, run: PreparedRun, model: Any, *, attached_by_trl: bool = False
+    ) -> Any:
+        if run.adapter != "longlora":
+            return None
         from longlora_plugin.adapter.fused_loss import cast_heads_for_cut_cross_entropy
         from longlora_plugin.adapter.prepare import prepare_adapter
         from longlora_plugin.adapter.state import save_adapter
@@ -124,7 +157,8 @@ class LongLoRAPlugin(BasePlugin):
             start_from=None if uses_deepspeed(cfg) else cfg.lora_model_dir,
             reason=f"lora_model_dir: {cfg.lora_model_dir} was made without them"
             if cfg.lora_model_dir
-            else f"rl: {cfg.rl} attaches the adapter later, without them",
+            else "the adapter was attached without them",
+            rounded=attached_by_trl and bool(cfg.load_in_4bit or cfg.load_in_8bit),
         )
         self._undo.append(cast_heads_for_cut_cross_entropy())
         if uses_deepspeed(cfg):
@@ -137,6 +171,7 @@ class LongLoRAPlugin(BasePlugin):
         run = self._run(cfg)
         if run is None:
             return []
+        self._settle_models(cfg, run, trainer)
         from longlora_plugin.artifacts.callback import SaveArtifacts
         from longlora_plugin.merge.limits import raise_limits_of
 
@@ -153,7 +188,7 @@ class LongLoRAPlugin(BasePlugin):
         if self._handles:
             from longlora_plugin.attention.schedule import AttentionSchedule
 
-            callbacks.append(AttentionSchedule(self._handles, steps, _tell))
+            callbacks.append(AttentionSchedule(self._handles, steps, _tell, _warn))
         if run.adapter == "longlora" and not (uses_deepspeed(cfg) or uses_fsdp(cfg)):
             from longlora_plugin.adapter.optimizer import CheckOptimizer
 
@@ -188,6 +223,11 @@ class LongLoRAPlugin(BasePlugin):
             finish = self._finish.pop()
             if is_main_process():
                 finish(Path(cfg.output_dir))
+        self._forget()
+
+    def _forget(self) -> None:
+        """Bring back what the last run's models and upstream's methods were."""
+        self._models.clear()
         while self._handles:
             self._handles.pop().remove()
         while self._undo:
@@ -216,6 +256,10 @@ def _tell(line: str) -> None:
 
 def _close(recipe: str | None, artifacts: Any, folder: Path) -> None:
     log.info("%s", closing_block(artifacts.manifest, str(folder), recipe))
+
+
+def _warn(line: str) -> None:
+    log.warning("LongLoRA: %s", line)
 
 
 def _log(facts: Iterable[Fact]) -> None:

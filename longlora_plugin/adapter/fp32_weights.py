@@ -64,6 +64,25 @@ def train_in_fp32(model: torch.nn.Module) -> TrainedModules:
     )
 
 
+def undo_rounding(model: torch.nn.Module) -> None:
+    """Give freshly attached weights on a quantized base the dtypes that PEFT gives them.
+
+    TRL rounds everything that trains there to bf16: LoRA, which PEFT keeps in fp32, and the copies
+    of modules, which then differ from the base's own that a reference pass uses.
+    """
+    for wrapper in model.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        for copy in wrapper.modules_to_save.values():
+            for parameter, own in zip(
+                copy.parameters(), wrapper.original_module.parameters(), strict=True
+            ):
+                parameter.data = own.detach().clone()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" in name:
+            parameter.data = parameter.data.float()
+
+
 def _compute_in(module: torch.nn.Module, dtype: torch.dtype) -> None:
     if isinstance(module, torch.nn.Linear):
 

@@ -1,10 +1,10 @@
 """The forward pass that is running: whether it trains, and the positions it was given.
 
-Decided once, where a forward pass enters the model, and for each thread apart: gradient
-checkpointing of the reentrant kind runs the layers without gradients and only later with them, and
-both must take the same path. Only a pass that records gradients and continues no cache trains:
-generation, reference and reward passes and evaluation see full attention, whatever the mode of
-the model.
+Decided once, where a forward pass enters the model, and for each thread apart. A pass trains unless
+text is generated or a cache is filled or continued. Whether it records gradients says nothing:
+reentrant checkpointing runs the layers first without them, and the passes that a policy's
+log-probabilities are compared with (a reference with the adapter off, GRPO's old policy) must see
+what the policy sees, or its first loss and ratios are not those of an unchanged policy.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from longlora_plugin.attention import generation
 from longlora_plugin.attention.packing import Documents
 
 
@@ -26,7 +27,7 @@ class Forward:
 
     Attributes:
         model: the outermost module of it that was seen.
-        trains: whether covered layers in training mode use S²-Attn.
+        trains: whether covered layers use S²-Attn if the model is in training mode.
         position_ids: [B, N] or [1, N] as given, or None.
         entered: ids of the modules that have begun.
     """
@@ -106,7 +107,7 @@ def _holds(model: torch.nn.Module, part: torch.nn.Module) -> bool:
 
 
 def _trains(model: torch.nn.Module, given: dict[str, Any]) -> bool:
-    if not torch.is_grad_enabled():
+    if generation.is_running():
         return False
     # Models fill the default in themselves: a bare decoder may get it from its language model.
     asked = given.get("use_cache") is True and given.get("labels") is None

@@ -45,6 +45,9 @@ class ShiftedAttention:
         skipped: reason → number of attention layers that keep the original path.
         active: False switches training back to the model's own attention, and True on again.
         calls: how often S²-Attn ran; 0 after a training step means that it never engaged.
+        follows: of a reference model: the handle of its policy. Its passes are those of training
+            steps, so it runs as the policy would, whatever its own mode.
+        precomputing: True while passes outside training mode stand for such ones of the steps.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class ShiftedAttention:
         self.skipped = dict(skipped)
         self.active = True
         self.calls = 0
+        self.follows: ShiftedAttention | None = None
+        self.precomputing = False
         self._modules = modules
         self._hooks: list[Any] = []
         self._copies: WeakSet[torch.nn.Module] = WeakSet()
@@ -86,28 +91,43 @@ class ShiftedAttention:
         self._hooks.clear()
         disable(self, [*self._modules, *self._copies])
 
+    def follow(self, policy: torch.nn.Module) -> None:
+        """Follow a policy, also wrapped by PEFT or an accelerator; its own handle follows none."""
+        marks = (module.__dict__.get(MARK) for module in policy.modules())
+        handle = next((mark for mark in marks if mark is not None), None)
+        self.follows = None if handle is self else handle
+
     def position_ids_of(self, config: Any) -> tuple[bool, torch.Tensor | None]:
         forward = self._forwards.current
         trains = (
-            self.active
+            self._is_on()
             and forward is not None
             and forward.trains
             and any(
-                module.training
+                self._takes_part(module)
                 for module in [*self._modules, *self._copies]
                 if getattr(module, "config", None) is config
             )
         )
         return (True, forward.position_ids) if forward is not None and trains else (False, None)
 
-    def shifts(self, attention_mask: Any) -> bool:
+    def shifts(self, module: torch.nn.Module, attention_mask: Any) -> bool:
+        if not self._takes_part(module):
+            return False
         if are_document_ids(attention_mask):
             return True
-        # Of a layer alone, as when checkpointing recomputes it, or of a mask that another package
-        # makes, all that is known is whether gradients are recorded.
+        # Otherwise of a layer alone, or of a mask that another package makes.
         forward = self._forwards.current
-        trains = torch.is_grad_enabled() if forward is None else forward.trains
-        return self.active and trains
+        return self._is_on() and (forward is None or forward.trains)
+
+    def _is_on(self) -> bool:
+        return self.active and (self.follows is None or self.follows.active)
+
+    def _takes_part(self, module: torch.nn.Module) -> bool:
+        policy = self.follows
+        if policy is None:
+            return self.precomputing or module.training
+        return self.precomputing or any(each.training for each in policy._modules)
 
     def remember(self, document_ids: torch.Tensor, documents: packing.Documents) -> None:
         self._forwards.documents = ReadDocuments.of(document_ids, documents)
@@ -135,7 +155,7 @@ class ShiftedAttention:
     def _give_dense_mask(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if module.training and MARK in module.__dict__:
+        if MARK in module.__dict__ and self._takes_part(module):
             return None
         given = [*args, *kwargs.values()]
         if not any(are_document_ids(x) for x in given):
@@ -257,14 +277,17 @@ def enable_shifted_attention(
     group_size: int,
     full_attention_below: int = 0,
     pattern: AttentionPattern = S2,
+    follows: ShiftedAttention | None = None,
 ) -> ShiftedAttention:
-    """Train `model` with S²-Attn; evaluation keeps the model's own attention.
+    """Train `model` with S²-Attn; evaluation and generation keep the model's own attention.
 
     Args:
         model: any transformers decoder, also wrapped by PEFT.
         group_size: tokens in a group, even, at least 2 (the paper: a quarter of the length).
         full_attention_below: documents of up to this many tokens use full attention.
         pattern: who attends to whom.
+        follows: where `model` is the reference model of a policy: the policy's handle. A pass of
+            it uses S²-Attn exactly where one of the policy would.
 
     Returns:
         A handle: `.layers` covered, `.remove()`.
@@ -298,6 +321,7 @@ def enable_shifted_attention(
         full_attention_below=full_attention_below,
         pattern=pattern,
     )
+    handle.follows = follows
     handle.watch(model)
     enable(handle, covered)
     return handle

@@ -19,7 +19,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.masking_utils import causal_mask_function as plain_causal
 
-from longlora_plugin.attention import packing
+from longlora_plugin.attention import generation, packing
 from longlora_plugin.attention.eligibility import REGISTRY_NAME, limits_attention
 
 MARK = "_longlora_shifted_attention"
@@ -36,8 +36,8 @@ class Handle(Protocol):
     def position_ids_of(self, config: Any) -> tuple[bool, torch.Tensor | None]:
         """Whether a model of this `config` is in a training pass, and its positions."""
 
-    def shifts(self, attention_mask: Any) -> bool:
-        """Whether a covered layer in training mode that is given this mask uses S²-Attn."""
+    def shifts(self, module: torch.nn.Module, attention_mask: Any) -> bool:
+        """Whether a covered layer that is given this mask uses S²-Attn."""
 
     def remember(self, document_ids: torch.Tensor, documents: packing.Documents) -> None:
         """Note the documents that a mask stands for, so that no layer has to read them."""
@@ -64,6 +64,7 @@ def enable(handle: Handle, covered: list[torch.nn.Module]) -> None:
         setattr(module, MARK, handle)
     _enabled.append(handle)
     _wrap_registries(covered)
+    generation.watch()
 
 
 def disable(handle: Handle, modules: list[torch.nn.Module]) -> None:
@@ -75,6 +76,7 @@ def disable(handle: Handle, modules: list[torch.nn.Module]) -> None:
         _enabled.remove(handle)
         if not _enabled:
             _unwrap_registries()
+            generation.unwatch()
 
 
 def enabled() -> tuple[Handle, ...]:
@@ -105,10 +107,9 @@ def _attention_wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
         handle = module.__dict__.get(MARK)
         if (
             handle is None
-            or not module.training
             or query.shape[2] != key.shape[2]
             or kwargs.get("is_causal") is False
-            or not handle.shifts(attention_mask)
+            or not handle.shifts(module, attention_mask)
         ):
             if are_document_ids(attention_mask):
                 # Of a model that was enabled when its mask was made.

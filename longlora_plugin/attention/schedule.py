@@ -22,6 +22,7 @@ class AttentionSchedule(TrainerCallback):
         full_attention_steps: function of the run's total steps → how many of the last ones use
             full attention.
         log: takes one line.
+        warn: takes one line that the user should act on.
     """
 
     def __init__(
@@ -29,10 +30,12 @@ class AttentionSchedule(TrainerCallback):
         handles: Sequence[ShiftedAttention],
         full_attention_steps: Callable[[int], int],
         log: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         self.handles = handles
         self.full_attention_steps = full_attention_steps
         self.log = log
+        self.warn = warn
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         first_full = state.max_steps - self.full_attention_steps(state.max_steps)
@@ -46,13 +49,23 @@ class AttentionSchedule(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A reference model has a handle and never trains.
-        if any(handle.active for handle in self.handles) and not any(
-            handle.calls for handle in self.handles
+        policies = [handle for handle in self.handles if handle.follows is None]
+        if any(handle.active for handle in policies) and not any(
+            handle.calls for handle in policies
         ):
-            layers = max(handle.layers for handle in self.handles)
+            layers = max(handle.layers for handle in policies)
             raise RuntimeError(
                 f"shifted attention covers {layers} layers but ran in none of them; "
                 "something replaced their attention. Write longlora: {shifted_attention: false} "
                 "to train with full attention, and please report the model and the recipe"
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        planned = self.full_attention_steps(state.max_steps)
+        done = max(0, state.global_step - (state.max_steps - planned))
+        if done < planned:
+            self.warn(
+                f"training stopped after step {state.global_step} of {state.max_steps}: {done} of "
+                f"its {planned} steps with full attention were run. To run them, resume without "
+                "what stopped it, or plan fewer steps: max_steps"
             )

@@ -23,6 +23,9 @@ from longlora_plugin.run.axolotl_keys import (
 )
 from longlora_plugin.run.refusals import refused
 
+TRL_ATTACHES_ADAPTER = ("dpo", "ipo", "kto")
+"""Values of `rl` for which Axolotl hands the trainer a LoRA config instead of a PEFT model."""
+
 
 def block_of(recipe: Mapping[str, Any]) -> tuple[LongLoRAConfig, list[str]]:
     """The `longlora:` block, and what is wrong with it.
@@ -66,7 +69,8 @@ def problems_of(
         checks.append(partial(find, "longlora_rope_presets", block.rope_preset))
     if recipe.get("adapter") == "longlora":
         checks.append(partial(_check_zero3, recipe))
-    checks.append(partial(_check_lm_eval, recipe))
+    checks += [partial(check, recipe) for check in (_check_lm_eval, _check_relora)]
+    checks.append(partial(_check_preference, recipe, block.shifted_attention))
     for check in checks:
         try:
             check()
@@ -143,6 +147,31 @@ def _check_lm_eval(recipe: Mapping[str, Any]) -> None:
         f"longlora bench RECIPE --tasks {','.join(names)}; or merge first, and write "
         "lm_eval_model: <output_dir>/merged with lm_eval_post_train: false"
     )
+
+
+def _check_relora(recipe: Mapping[str, Any]) -> None:
+    # Every restart merges the adapter into weights that no checkpoint and no manifest knows of.
+    if recipe.get("relora"):
+        raise ValueError(
+            "relora: true does not work with the longlora plugin: it trains on a base that each "
+            "restart changes, so what it saves as an adapter does not belong to base_model. "
+            "Remove relora (and jagged_restart_steps); for a higher rank, raise lora_r"
+        )
+
+
+def _check_preference(recipe: Mapping[str, Any], shifted: bool) -> None:
+    method, started_from = recipe.get("rl"), recipe.get("lora_model_dir")
+    if method in TRL_ATTACHES_ADAPTER and recipe.get("adapter") and started_from:
+        raise ValueError(
+            f"rl: {method} with lora_model_dir: {started_from}: Axolotl does not read it there and "
+            "trains a new adapter. Merge it first (axolotl merge-lora), and write the merged "
+            "folder as base_model, which is then the reference as well"
+        )
+    if method == "ebft" and shifted:
+        raise ValueError(
+            "shifted attention does not work with rl: ebft, which makes attention masks of its "
+            "own; write longlora: {shifted_attention: false}"
+        )
 
 
 def _check_attention(recipe: Mapping[str, Any]) -> None:

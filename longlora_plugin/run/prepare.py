@@ -149,6 +149,13 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
         problems += wrong if asked else []
     group_size = _group_size(block, sequence_len)
     updates, warnings = _updates(recipe, block, problems) if asked else ({}, [])
+    if group_size and block.full_attention_steps and recipe.get("precompute_ref_log_probs"):
+        warnings.append(
+            "precompute_ref_log_probs: the reference is computed once, with the attention of the "
+            f"first steps, so no step changes to full attention: full_attention_steps: "
+            f"{block.full_attention_steps:g} becomes 0"
+        )
+        block = block.model_copy(update={"full_attention_steps": 0.0})
     if rope is not None and rope.extended:
         updates |= model_config_keys(recipe, rope.config_fields)
         overrides |= rope.config_fields

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from longlora_plugin.attention import (
     ShiftedAttention,
@@ -77,18 +84,20 @@ Enable = Callable[..., ShiftedAttention]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_a_pass_without_gradients_in_training_mode_is_the_models_own_bit_for_bit(
+def test_a_pass_without_gradients_in_training_mode_sees_what_one_with_them_sees(
     context: Any, kind: str, enable: Enable
 ) -> None:
     model, batch = tiny_llama(), BATCHES[kind]
-    with context():
-        full = model(**batch).logits
+    full = model(**batch).logits.detach()
     handle = enable(model)
+    sparse = model(**batch).logits.detach()
     with context():
-        assert torch.equal(model(**batch).logits, full)
-    assert handle.calls == 0
-    assert (model(**batch).logits - full)[0].abs().max() > 1e-3
-    assert handle.calls == 2
+        assert torch.equal(model(**batch).logits, sparse)
+    assert handle.calls == 4
+    assert (sparse - full)[0].abs().max() > 1e-3
+    with context():
+        assert torch.equal(model.eval()(**batch).logits, full)
+    assert handle.calls == 4
 
 
 @pytest.mark.parametrize(
@@ -137,12 +146,68 @@ def test_a_cache_that_checkpointing_drops_leaves_the_pass_sparse_and_exact(
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-12)
 
 
-def test_text_generated_in_training_mode_is_the_original_models(enable: Enable) -> None:
-    model = tiny_llama()
-    text = model.generate(IDS, max_new_tokens=6, do_sample=False)
+def generated(model: Any, **options: Any) -> torch.Tensor:
+    return model.generate(IDS, max_new_tokens=6, do_sample=False, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "in PEFT"])
+def test_text_generated_in_training_mode_is_the_original_models(
+    wrapped: bool, options: dict[str, Any], enable: Enable
+) -> None:
+    model: Any = tiny_llama()
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"])).double().train()
+    scores = {"output_scores": True, "return_dict_in_generate": True}
+    wanted = generated(model, **options, **scores)
     handle = enable(model)
-    assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), text)
+    text = generated(model, **options, **scores)
+    assert torch.equal(text.sequences, wanted.sequences)
+    assert all(map(torch.equal, text.scores, wanted.scores))
     assert handle.calls == 0
+
+
+def test_another_thread_trains_sparse_while_one_generates(enable: Enable) -> None:
+    model = tiny_llama()
+    handle = enable(model)
+    seen: list[int] = []
+
+    def train(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        before = handle.calls
+        thread = threading.Thread(target=lambda: model(IDS))
+        thread.start()
+        thread.join()
+        seen.append(handle.calls - before)
+        return scores
+
+    generated(model, logits_processor=[train], use_cache=False)
+    assert seen == [2] * 6
+    assert handle.calls == 12, "the generated tokens' own passes were sparse"
+
+
+def test_generate_is_the_upstream_method_again_once_no_model_is_enabled(enable: Enable) -> None:
+    upstream = GenerationMixin.__dict__["generate"]
+    first, second = enable(tiny_llama()), enable(tiny_llama())
+    assert GenerationMixin.__dict__["generate"] is not upstream
+    assert inspect.signature(GenerationMixin.generate) == inspect.signature(upstream)
+    first.remove()
+    assert GenerationMixin.__dict__["generate"] is not upstream
+    second.remove()
+    second.remove()
+    assert GenerationMixin.__dict__["generate"] is upstream
+
+
+def test_a_pass_after_an_interrupted_generation_trains(enable: Enable) -> None:
+    model = tiny_llama()
+    handle = enable(model)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generated(model, logits_processor=[interrupt])
+    model(IDS)
+    assert handle.calls == 2
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
@@ -230,18 +295,53 @@ def test_a_second_model_of_the_same_config_object_keeps_its_own_attention(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_policy_trains_sparse_and_its_copy_as_reference_runs_full(
-    kind: str, enable: Enable
-) -> None:
+def test_a_copy_of_an_enabled_model_decides_by_its_own_mode(kind: str, enable: Enable) -> None:
     policy, batch = tiny_llama(), BATCHES[kind]
     full = policy(**batch).logits.detach()
-    handle = enable(policy)
-    reference = copy.deepcopy(policy)
+    enable(policy)
+    twin = copy.deepcopy(policy)
+    sparse = policy(**batch).logits.detach()
     with torch.no_grad():
-        assert torch.equal(reference(**batch).logits, full)
-        assert torch.equal(reference.eval()(**batch).logits, full)
-    assert (policy(**batch).logits - full)[0].abs().max() > 1e-3
-    assert handle.calls == 2
+        assert torch.equal(twin(**batch).logits, sparse)
+        assert torch.equal(twin.eval()(**batch).logits, full)
+    assert (sparse - full)[0].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reference_model_in_evaluation_mode_runs_as_its_policy_does(
+    kind: str, enable: Enable
+) -> None:
+    policy, reference, batch = tiny_llama(), tiny_llama().eval(), BATCHES[kind]
+    full = policy(**batch).logits.detach()
+    of_policy = enable(policy)
+    of_reference = enable(reference, follows=of_policy)
+
+    @torch.no_grad()
+    def both() -> list[torch.Tensor]:
+        return [model(**batch).logits for model in (policy, reference)]
+
+    sparse = policy(**batch).logits.detach()
+    assert (sparse - full)[0].abs().max() > 1e-3
+    assert all(torch.equal(logits, sparse) for logits in both())
+    policy.eval()
+    assert all(torch.equal(logits, full) for logits in both())
+    policy.train()
+    of_policy.active = False
+    assert all(torch.equal(logits, full) for logits in both())
+    of_policy.active = True
+    generated(reference)
+    assert of_reference.calls == 2
+    assert all(torch.equal(logits, sparse) for logits in both())
+
+
+def test_among_several_models_all_but_the_policy_follow_it(enable: Enable) -> None:
+    policy, reference = tiny_llama(), tiny_llama().eval()
+    of_reference, of_policy = enable(reference), enable(policy)
+    wrapped = get_peft_model(policy, LoraConfig(target_modules=["q_proj"]))
+    for handle in (of_policy, of_reference):
+        handle.follow(wrapped)
+    assert of_policy.follows is None
+    assert of_reference.follows is of_policy
 
 
 # --- waits for the device ----------------------------------------------------------------------

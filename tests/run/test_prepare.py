@@ -207,3 +207,46 @@ def test_stopping_early_before_the_steps_with_full_attention_is_a_warning():
     assert any("before its last steps" in text for text in prepared(early).warnings)
     early["longlora"]["full_attention_steps"] = 0
     assert not any("before its last steps" in text for text in prepared(early).warnings)
+
+
+# --- preference training -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [{}, {"full_attention_steps": 5}])
+def test_a_precomputed_reference_leaves_no_step_with_full_attention_and_says_so(steps):
+    run = prepared(recipe(rl="dpo", precompute_ref_log_probs=True, longlora=steps))
+    assert run.block.full_attention_steps_of(100) == 0
+    warnings = [line for line in run.warnings if "precompute_ref_log_probs" in line]
+    assert len(warnings) == 1
+    assert f"{steps.get('full_attention_steps', 0.1):g} becomes 0" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "block", [{"full_attention_steps": 0}, {"shifted_attention": False}], ids=str
+)
+def test_a_precomputed_reference_without_a_switch_is_no_warning(block):
+    run = prepared(recipe(rl="dpo", precompute_ref_log_probs=True, longlora=block))
+    assert not any("precompute" in line for line in run.warnings)
+
+
+@pytest.mark.parametrize("adapter", ["longlora", "lora", "qlora"])
+@pytest.mark.parametrize(
+    ("keys", "refusal"),
+    [
+        ({"relora": True, "jagged_restart_steps": 50}, "relora: true does not work"),
+        *(
+            ({"rl": method, "lora_model_dir": "earlier"}, f"rl: {method} with lora_model_dir")
+            for method in ("dpo", "ipo", "kto")
+        ),
+        ({"rl": "ebft"}, "does not work with rl: ebft"),
+    ],
+)
+def test_what_no_trainer_does_soundly_is_refused_by_name(keys, refusal, adapter):
+    with pytest.raises(ValueError, match=refusal):
+        prepared(recipe(adapter=adapter, longlora={}, **keys))
+
+
+@pytest.mark.parametrize("method", ["dpo", "ipo", "kto", "orpo", "simpo", "grpo"])
+def test_embeddings_and_norms_train_with_every_preference_method(method):
+    assert prepared(recipe(rl=method)).trainable == ("embeddings", "norms")
+    prepared(recipe(rl="ebft", longlora={"shifted_attention": False}))
