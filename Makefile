@@ -14,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 # Threads that spin while they wait for each other take a busy machine four times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-quick test-matrix test-attention-matrix test-wheel lint bench docs study smollm2 longqa install \
+.PHONY: demo test test-quick test-matrix test-attention-matrix test-wheel lint bench gpu docs study smollm2 longqa install \
 	lock clean
 
 # $(call set_up,FOLDER,PYTHON): a virtual environment with the versions of the constraints file.
@@ -112,6 +112,14 @@ lint: install
 
 bench: install
 	python -m benchmarks.attention --json outputs/bench/attention.json --plot outputs/bench/attention.png
+
+# On a machine with a GPU; needs no network (docs/reference/gpu.md) and no Axolotl, any Python with
+# torch, transformers and peft. GPU=… for other options, as in GPU="--budget 300 --sections exact".
+GPU_PYTHON ?= python3
+
+gpu:
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu --out outputs/gpu $(GPU)
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu tests/benchmarks/test_gpu.py $(ATTENTION_TESTS)
 
 docs: install
 	python docs/generate.py

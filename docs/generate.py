@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,15 @@ def architecture_page() -> str:
     return architecture.page((DOCS / "explanation/architecture.md").read_text(encoding="utf-8"))
 
 
+def gpu_page() -> str:
+    if str(DOCS.parent) not in sys.path:
+        sys.path.insert(0, str(DOCS.parent))
+    from benchmarks.gpu.page import page
+
+    source = "<!-- Written by docs/generate.py from benchmarks/gpu/results.json; do not edit. -->"
+    return f"# On a GPU\n\n{source}\n\n{page()}"
+
+
 PAGES = {
     "reference/yaml.md": yaml_page,
     "reference/rope-presets.md": presets_page,
@@ -340,6 +350,7 @@ PAGES = {
     "reference/recipes.md": recipes_page,
     "reference/works-with.md": works_with.page,
     "reference/api.md": api_page,
+    "reference/gpu.md": gpu_page,
     "explanation/architecture.md": architecture_page,
 }
 

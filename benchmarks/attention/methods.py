@@ -50,7 +50,13 @@ Method = tuple[str, int | None]
 
 @dataclass(frozen=True)
 class Setup:
-    """What all cases of a run share; `roll_up_to` is the longest row for roll-and-matmul."""
+    """What all cases of a run share.
+
+    Attributes:
+        roll_up_to: the longest row for roll-and-matmul.
+        floor_strides_of_modules: the floor's leaves lie in memory as those of the others do
+            ([…, G, H, D]); else each head's tokens follow each other, which is the CPU's best.
+    """
 
     heads: int
     head_dim: int
@@ -58,6 +64,7 @@ class Setup:
     dtype: torch.dtype
     backends: tuple[str, ...]
     roll_up_to: int
+    floor_strides_of_modules: bool = False
 
 
 def steps(
@@ -83,14 +90,14 @@ def steps(
 
     def floor(group_size: int) -> Step:
         plain = kv_heads - kv_heads // 2
+
+        def leaf(h: int) -> torch.Tensor:
+            shape = (length // group_size, group_size, h, head_dim)
+            x = torch.randn(shape).to(device, dtype).transpose(1, 2)
+            return (x if setup.floor_strides_of_modules else x.contiguous()).requires_grad_()
+
         halves = [
-            [
-                torch.randn(length // group_size, h, group_size, head_dim)
-                .to(device, dtype)
-                .requires_grad_()
-                for h in (kv * heads // kv_heads, kv, kv)
-            ]
-            for kv in (plain, kv_heads - plain)
+            [leaf(h) for h in (kv * heads // kv_heads, kv, kv)] for kv in (plain, kv_heads - plain)
         ]
 
         def step() -> None:
