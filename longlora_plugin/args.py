@@ -241,6 +241,7 @@ def parse_block(raw: Any) -> LongLoRAConfig:
 
 
 EXPECTED = {
+    "list": "a list",
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
@@ -249,6 +250,7 @@ EXPECTED = {
 }
 """First word of pydantic's error types → what to write."""
 EXAMPLES = {
+    "trainable": "trainable: [embeddings, norms]",
     "group_size": "group_size: 2048",
     "group_size_ratio": "group_size_ratio: 0.25",
     "full_attention_steps": "full_attention_steps: 0.1",

@@ -116,6 +116,7 @@ def test_importing_the_package_loads_no_torch():
     ("block", "instead"),
     [
         ({"trainable": "embeddings"}, "write trainable: [embeddings]"),
+        ({"trainable": 3}, "write a list, for example trainable: [embeddings, norms]"),
         ({"group_size": "2k"}, "write a whole number, for example group_size: 2048"),
         ({"shifted_attention": "sometimes"}, "got 'sometimes'; write true or false"),
         ({"held_out": 3}, "write a name, for example held_out: books.txt"),
