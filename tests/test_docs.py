@@ -102,6 +102,12 @@ def test_recipes_named_in_the_docs_exist():
     assert started <= set(shipped())
 
 
+def test_the_table_of_costs_is_what_its_command_prints():
+    from benchmarks.cost_table import markdown
+
+    assert markdown() in (ROOT / "README.md").read_text()
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("material", reason="needs: pip install 'longlora-plugin[docs]'")
     done = subprocess.run(
