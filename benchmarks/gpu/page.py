@@ -26,9 +26,10 @@ HOW = """
 ## Run it
 
 ```bash
-make gpu                                              # ten minutes on one GPU, then the gpu tests
+make gpu    # ten minutes on one GPU, then the gpu tests
 make gpu GPU="--budget 300 --sections exact,attention"
-python -m benchmarks.gpu --tiny --device cpu          # tries every line of it without a GPU
+# tries every line of it without a GPU:
+python -m benchmarks.gpu --tiny --device cpu --out outputs/gpu-tiny
 ```
 
 Every result is in `outputs/gpu/rows.jsonl` the moment it is there; the same command goes on where
@@ -48,7 +49,8 @@ pip download --dest wheels --only-binary :all: --python-version 3.12 \\
     click hypothesis matplotlib pluggy pydantic pytest rich
 git archive --output wheels/longlora.tar HEAD
 # there:
-pip install --no-index --find-links wheels click hypothesis matplotlib pluggy pydantic pytest rich
+pip install --no-index --find-links wheels \\
+    click hypothesis matplotlib pluggy pydantic pytest rich
 tar xf wheels/longlora.tar
 make gpu
 ```
