@@ -86,7 +86,9 @@ def test_what_is_saved_is_what_was_trained_with_these_keys(trained, name):
     run = trained(name)
     outcome = torch.load(run.output_dir / "outcome.pt")
     assert outcome["trained"] > 0
-    assert not outcome["unchanged"]
+    # LoRA's A moves from the second step on, when B is no longer zero.
+    still = "lora_A" if name == BEST else "none"
+    assert all(still in tensor for tensor in outcome["unchanged"])
     if RUNS[name].get("adapter") == "":
         model = AutoModelForCausalLM.from_pretrained(run.output_dir)
     else:
