@@ -32,7 +32,8 @@ from longlora_plugin.rope import check_built_rope, keep_both_spellings
 from longlora_plugin.run.base_model import base_config_of
 from longlora_plugin.run.built import adapter_keys_of, enable_attention
 from longlora_plugin.run.manifest import check_start, manifest_of
-from longlora_plugin.run.prepare import PreparedRun, asks_for_longlora, prepare_run
+from longlora_plugin.run.prepare import PreparedRun, prepare_run
+from longlora_plugin.run.recipe import asks_for_longlora
 from longlora_plugin.run.report import closing_block, report_data
 from longlora_plugin.run.summary import Built, Fact, built_facts, rope_facts
 

@@ -45,7 +45,7 @@ ALLOWED = {
     "attention": "hookspecs",
     "checkpoints": "rope",
     "cli": "artifacts checkpoints doctor evaluation longqa merge plan recipes run",
-    "doctor": "attention recipes run",
+    "doctor": "artifacts attention recipes run",
     "evaluation": "artifacts checkpoints rope run",
     "hookspecs": "",
     "host": "",

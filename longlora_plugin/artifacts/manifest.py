@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -137,10 +137,10 @@ def data_digests(recipe: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that a run depends on."""
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Installed versions; by default of the packages that a run depends on."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

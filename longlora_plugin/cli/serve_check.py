@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from longlora_plugin.cli.options import json_option
+
 if TYPE_CHECKING:
     from longlora_plugin.artifacts.engines import EngineRow, Saved
 
@@ -25,7 +27,7 @@ COLOURS = {"equal": "green", "different": "red", "refused": "yellow", "not tried
     metavar="ENGINE=PATH",
     help="The Python that has an engine installed, for --run; can be repeated.",
 )
-@click.option("--json", "json_path", metavar="FILE", help="Write the rows; - is standard output.")
+@json_option("Write the rows.")
 def command(
     run: Path, names: tuple[str, ...], try_it: bool, pythons: tuple[str, ...], json_path: str | None
 ) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, requires
 from typing import Any
 
 from packaging.requirements import Requirement
+
+from longlora_plugin.artifacts.manifest import versions as installed
 
 DISTRIBUTION = "longlora-plugin"
 PACKAGES = (
@@ -24,14 +26,9 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python, this package and the packages it works with."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in (DISTRIBUTION, *PACKAGES):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    """Versions of Python, this package and the packages it works with; None: not installed."""
+    names = (DISTRIBUTION, *PACKAGES)
+    return {"python": platform.python_version(), **dict.fromkeys(names), **installed(names)}
 
 
 def unsupported_versions(found: Mapping[str, str | None]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from longlora_plugin.doctor.trials import AFTER_EVALUATION, NOT_TRIED, WORKS, Trial
 from longlora_plugin.run.needs import needs_of, unsupported_on
-from longlora_plugin.run.prepare import asks_for_longlora
+from longlora_plugin.run.recipe import asks_for_longlora
 from longlora_plugin.run.summary import Fact, launch_facts
 
 

@@ -19,7 +19,7 @@ from longlora_plugin.checkpoints.files import TOKENIZER_FILES, read_json, write_
 from longlora_plugin.checkpoints.run_config import config_json, trained_config
 from longlora_plugin.merge import adapted, nf4
 from longlora_plugin.merge.limits import raise_limits
-from longlora_plugin.merge.stored import StoredWeights, weight_files
+from longlora_plugin.merge.stored import StoredWeights, files_to_load
 from longlora_plugin.merge.stream import merge_weights
 from longlora_plugin.rope.base_config import (
     contexts_of,
@@ -243,7 +243,7 @@ def _rows(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
 def _copy_other_files(source: Source, draft: Path) -> None:
     """Tokenizer, templates, code and generation config: the run's, where it saved them."""
     own_tokenizer = (source.adapter_dir / "tokenizer_config.json").is_file()
-    weights = {path.name for path in weight_files(source.base_dir)}
+    weights = {path.name for path in files_to_load(source.base_dir)}
     for path in source.base_dir.iterdir():
         if not path.is_file() or path.name in weights or path.suffix not in OF_A_MODEL:
             continue

@@ -19,7 +19,7 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-def weight_files(folder: Path) -> list[Path]:
+def files_to_load(folder: Path) -> list[Path]:
     """The files that hold a model folder's weights, in transformers' order of preference.
 
     Raises:
@@ -49,7 +49,7 @@ class StoredWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.files = weight_files(folder)
+        self.files = files_to_load(folder)
         self._file_of = {name: file for file in self.files for name in _open(file)}
 
     def __iter__(self) -> Any:

@@ -16,8 +16,8 @@ from longlora_plugin.plan import find_gpu, meta_model, plan_run, planned_run
 from longlora_plugin.plan.from_recipe import training_of
 from longlora_plugin.run.base_model import base_config_of
 from longlora_plugin.run.built import built_of, trained_modules
-from longlora_plugin.run.prepare import PreparedRun, asks_for_longlora, prepare_run
-from longlora_plugin.run.recipe import Recipe, read_yaml
+from longlora_plugin.run.prepare import PreparedRun, prepare_run
+from longlora_plugin.run.recipe import Recipe, asks_for_longlora, read_yaml
 from longlora_plugin.run.summary import Built, Fact, facts
 
 AXOLOTLS_DEFAULTS = "Auto-enabling"

@@ -7,8 +7,8 @@ from typing import Any
 
 from longlora_plugin.rope import base_context_of
 from longlora_plugin.run.axolotl_keys import value_of
-from longlora_plugin.run.prepare import PreparedRun, asks_for_longlora, prepare_run
-from longlora_plugin.run.recipe import Recipe
+from longlora_plugin.run.prepare import PreparedRun, prepare_run
+from longlora_plugin.run.recipe import Recipe, asks_for_longlora
 
 
 def prepared_run(recipe: Recipe, base_config: Any) -> PreparedRun:

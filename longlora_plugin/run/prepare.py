@@ -24,7 +24,7 @@ from longlora_plugin.run.axolotl_keys import (
     model_config_of,
     sharded_fsdp_checkpoints,
 )
-from longlora_plugin.run.recipe import AXOLOTL_SEQUENCE_LEN
+from longlora_plugin.run.recipe import asks_for_longlora, sequence_len_of
 
 OFF = LongLoRAConfig(shifted_attention=False, rope="none", trainable=[])
 """The block of a recipe that does not ask for LongLoRA."""
@@ -118,11 +118,6 @@ class PreparedRun:
         return config
 
 
-def asks_for_longlora(recipe: Mapping[str, Any]) -> bool:
-    """Whether a raw recipe wants this plugin to do anything."""
-    return recipe.get("adapter") == "longlora" or "longlora" in recipe
-
-
 def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
     """Decide everything about one run.
 
@@ -134,12 +129,11 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
     """
     asked = asks_for_longlora(recipe)
     block, problems = checks.block_of(recipe) if asked else (OFF, [])
-    given = recipe.get("sequence_len") or AXOLOTL_SEQUENCE_LEN
+    sequence_len = 0
     try:
-        sequence_len = int(given)
-    except (TypeError, ValueError, OverflowError):
-        problems.append(f"sequence_len: got {given!r}; write a whole number of tokens, as in 32768")
-        sequence_len = 0
+        sequence_len = sequence_len_of(recipe)
+    except ValueError as error:
+        problems.append(str(error))
     rope: RopeSettings | None = None
     overrides: dict[str, Any] = {}
     if sequence_len:

@@ -42,13 +42,7 @@ class Recipe:
 
     @property
     def sequence_len(self) -> int:
-        given = self.raw.get("sequence_len") or AXOLOTL_SEQUENCE_LEN
-        try:
-            return int(given)
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(
-                f"sequence_len: got {given!r}; write a whole number of tokens, such as 32768"
-            ) from None
+        return sequence_len_of(self.raw)
 
     @property
     def output_dir(self) -> Path:
@@ -59,6 +53,26 @@ class Recipe:
         from longlora_plugin.run.base_model import base_config_of
 
         return base_config_of(self.raw)
+
+
+def asks_for_longlora(recipe: Mapping[str, Any]) -> bool:
+    """Whether a raw recipe wants this plugin to do anything."""
+    return recipe.get("adapter") == "longlora" or "longlora" in recipe
+
+
+def sequence_len_of(recipe: Mapping[str, Any]) -> int:
+    """Tokens of a raw recipe's rows.
+
+    Raises:
+        ValueError: it gives something else.
+    """
+    given = recipe.get("sequence_len") or AXOLOTL_SEQUENCE_LEN
+    try:
+        return int(given)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(
+            f"sequence_len: got {given!r}; write a whole number of tokens, such as 32768"
+        ) from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -90,8 +104,8 @@ def read_recipe(path: str | Path) -> Recipe:
     raw = read_yaml(path)
     if not raw.get("base_model"):
         raise ValueError(f"{path} names no base_model; add base_model: <name or folder>")
-    asked = raw.get("adapter") == "longlora" or "longlora" in raw
-    return Recipe(path=path, raw=raw, block=parse_block(raw.get("longlora")) if asked else None)
+    block = parse_block(raw.get("longlora")) if asks_for_longlora(raw) else None
+    return Recipe(path=path, raw=raw, block=block)
 
 
 def held_out_data(raw: Mapping[str, Any], held_out: str | None = None) -> tuple[list[str], str]:

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from longlora_plugin.run.base_model import base_config_of
-from longlora_plugin.run.prepare import asks_for_longlora, prepare_run
+from longlora_plugin.run.prepare import prepare_run
+from longlora_plugin.run.recipe import asks_for_longlora
 
 
 def llama(**overrides):
