@@ -182,7 +182,8 @@ class LongLoRAPlugin(BasePlugin):
         steps = run.block.full_attention_steps_of
         artifacts = SaveArtifacts(manifest_of(run, self._built), steps)
         artifacts.watch(trainer)
-        self._finish += [partial(_close, cfg.axolotl_config_path, artifacts), artifacts.finish]
+        # Anew: an earlier run of this process may have failed.
+        self._finish = [partial(_close, cfg.axolotl_config_path, artifacts), artifacts.finish]
         if is_main_process():
             report_data(run, trainer.train_dataset, log)
         callbacks: list[Any] = [artifacts]

@@ -88,10 +88,13 @@ def for_base_weights(trained: Any, base: Any) -> Any:
     config = copy.deepcopy(trained)
     if hasattr(config, "quantization_config") and not hasattr(base, "quantization_config"):
         del config.quantization_config
+    rows = text_config_of(base).vocab_size
     for ours, theirs in ((config, base), (text_config_of(config), text_config_of(base))):
         for name in OF_TOKENS:
-            if hasattr(theirs, name):
-                setattr(ours, name, getattr(theirs, name))
+            value = getattr(ours, name, None)
+            # An embedding refuses a padding token that it has no row for.
+            if isinstance(value, int) and (name == "vocab_size" or value >= rows):
+                setattr(ours, name, getattr(theirs, name, None))
     return config
 
 

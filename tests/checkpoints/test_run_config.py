@@ -75,6 +75,15 @@ def test_the_saved_config_counts_and_a_disagreement_is_told_by_name(
         assert getattr(config, field) == getattr(built, field)
 
 
+@pytest.mark.parametrize(("token", "expected"), [(5, 5), (32001, None)])
+def test_a_padding_token_that_the_run_added_has_no_row_in_the_base_yet(base, token, expected):
+    trained = copy.deepcopy(base)
+    trained.vocab_size, trained.pad_token_id = base.vocab_size + 3, token
+    loads = for_base_weights(trained, base)
+    assert (loads.vocab_size, loads.pad_token_id) == (base.vocab_size, expected)
+    assert trained.pad_token_id == token
+
+
 def test_without_a_saved_config_the_recipe_counts(base, tmp_path):
     run = prepared(base)
     config, notes = trained_config(base, tmp_path, run.model_config)
