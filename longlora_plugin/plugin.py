@@ -285,7 +285,7 @@ def _merge(cfg: Any, weights: Callable[[Path], None]) -> Path | None:
     run = _carried(cfg)
     if run is None:
         return None
-    from longlora_plugin.artifacts.callback import finish_merged
+    from longlora_plugin.artifacts.callback import finish
     from longlora_plugin.artifacts.manifest import read_manifest
     from longlora_plugin.merge import checks, folder
 
@@ -307,7 +307,7 @@ def _merge(cfg: Any, weights: Callable[[Path], None]) -> Path | None:
             remote_code=bool(cfg.trust_remote_code),
         )
         notes = folder.merge(source, target, weights=weights if by_axolotl else None)
-    finish_merged(target, read_manifest(source.adapter_dir) or manifest_of(run))
+    finish(target, read_manifest(source.adapter_dir) or manifest_of(run), "merged")
     for note in notes:
         log.info("LongLoRA merge: %s", note)
     log.info("LongLoRA merge: %s is complete and loads", target)

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from longlora_plugin.artifacts.card import write_card
+from longlora_plugin.artifacts.card import Kind, write_card
 from longlora_plugin.artifacts.manifest import Manifest, write_manifest
 from longlora_plugin.artifacts.tokenizer import name_for_older_readers
 
@@ -57,18 +57,17 @@ class SaveArtifacts(TrainerCallback):
             self.finish(folder)
 
     def finish(self, folder: Path) -> None:
-        """Write what a saved folder says about itself."""
-        write_manifest(folder, self.manifest)
-        write_card(folder, self.manifest, "adapter" if self.manifest.adapter else "model")
-        name_for_older_readers(folder)
+        """Complete a folder of the run."""
+        finish(folder, self.manifest, "adapter" if self.manifest.adapter else "model")
 
 
-def finish_merged(merged_dir: Path, manifest: Manifest) -> None:
-    """Complete a merged folder.
+def finish(folder: Path, manifest: Manifest, kind: Kind) -> None:
+    """Write what a saved folder says about itself.
 
     Args:
-        manifest: of the adapter, or of the recipe where the adapter has none.
+        manifest: of a merged folder's adapter, or of the recipe where the adapter has none.
+        kind: as for `write_card`.
     """
-    write_manifest(merged_dir, manifest)
-    write_card(merged_dir, manifest, "merged")
-    name_for_older_readers(merged_dir)
+    write_manifest(folder, manifest)
+    write_card(folder, manifest, kind)
+    name_for_older_readers(folder)

@@ -70,8 +70,7 @@ def _report(run: Measuring, rows: list[Row], options: BenchOptions) -> None:
         )
     if run.out.plot:
         plot_scores(rows, run.out.plot)
-    for what, path in (("rows", run.out.json_file), ("plot", run.out.plot)):
-        run.out.wrote(what, path)
+    run.out.wrote_files()
     run.out.wrote("as lm-eval writes it", options.output_path)
     if options.eval_results:
         run.out.wrote("for the hub", write_eval_results(rows, Path(options.eval_results)))

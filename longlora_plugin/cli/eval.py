@@ -50,8 +50,7 @@ def command(options: PerplexityOptions, choice: ModelChoice, files: Files, recip
         run.out.print(verdict, markup=False)
     if run.out.plot:
         plots.plot_positions(rows, run.out.plot)
-    for what, path in (("rows", run.out.json_file), ("plot", run.out.plot)):
-        run.out.wrote(what, path)
+    run.out.wrote_files()
     run.out.wrote("token losses", options.tokens)
 
 

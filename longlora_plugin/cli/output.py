@@ -95,6 +95,11 @@ class Output:
         if path:
             self.print(f"{what}: {path}", markup=False)
 
+    def wrote_files(self) -> None:
+        """Say where rows and plot are."""
+        self.wrote("rows", self.json_file)
+        self.wrote("plot", self.plot)
+
     @contextmanager
     def progress(self) -> Iterator[Callable[[str, float], None]]:
         """One bar for a whole command; call the result with (what is done now, share of all)."""

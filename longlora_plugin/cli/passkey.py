@@ -46,5 +46,4 @@ def command(options: PasskeyOptions, choice: ModelChoice, files: Files, recipe: 
             base_context=run.base_context,
             target_context=run.recipe.sequence_len,
         )
-    for what, path in (("rows", run.out.json_file), ("plot", run.out.plot)):
-        run.out.wrote(what, path)
+    run.out.wrote_files()

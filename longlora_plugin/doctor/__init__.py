@@ -80,7 +80,7 @@ def diagnose(
         progress(str(recipe))
         diagnosis.recipe = str(recipe)
         found = judge(recipe, trials, device)
-        diagnosis.findings = found.findings
+        diagnosis.findings = found.facts
         diagnosis.problems += found.problems
         diagnosis.notes += found.notes
     return diagnosis

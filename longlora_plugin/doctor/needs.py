@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longlora_plugin.doctor.trials import AFTER_EVALUATION, NOT_TRIED, WORKS, Trial
 from longlora_plugin.run.needs import needs_of, unsupported_on
 from longlora_plugin.run.recipe import asks_for_longlora
 from longlora_plugin.run.summary import Fact, launch_facts
 
-
-@dataclass
-class Judgement:
-    """What was found about a recipe.
-
-    Attributes:
-        findings: what is on and what is off in it.
-        problems: why it cannot run here; none where it can.
-        notes: what else to know.
-    """
-
-    findings: list[Fact] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+if TYPE_CHECKING:
+    from longlora_plugin.recipes.check import Report
 
 
-def judge(path: Path, trials: Sequence[Trial], device: Mapping[str, Any]) -> Judgement:
+def judge(path: Path, trials: Sequence[Trial], device: Mapping[str, Any]) -> Report:
     """Check a recipe, and compare what it needs with what was tried on this machine.
+
+    The report's facts are what is on and what is off; with its problems it cannot run here.
 
     Args:
         path: a YAML file.
@@ -37,14 +26,13 @@ def judge(path: Path, trials: Sequence[Trial], device: Mapping[str, Any]) -> Jud
     """
     from longlora_plugin.recipes.check import check_recipe
 
-    report = check_recipe(path)
-    found = Judgement(list(report.facts), list(report.problems), list(report.notes))
-    if report.run is None:
-        return found  # the report says why
-    recipe = report.run.recipe
+    found = check_recipe(path)
+    if found.run is None:
+        return found  # it says why
+    recipe = found.run.recipe
     if not asks_for_longlora(recipe):
         why = "the recipe has neither adapter: longlora nor a longlora: block"
-        found.findings += [Fact("LongLoRA", False, why), *launch_facts(report.run)]
+        found.facts = [Fact("LongLoRA", False, why), *launch_facts(found.run)]
     of_name = {trial.name: trial for trial in trials}
     for name, key, instead, evaluated in needs_of(recipe):
         trial = of_name.get(name + AFTER_EVALUATION * evaluated)

@@ -18,23 +18,6 @@ from axolotl.integrations import base as integrations
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.logging import get_logger
 
-__all__ = [
-    "LOADS_INSTALLED_PLUGINS",
-    "BasePlugin",
-    "RecipeError",
-    "is_duplicate_instance",
-    "is_main_process",
-    "log",
-    "merge_with",
-    "merges_base_stored_as",
-    "quantization_of_run",
-    "quantizes_as_only_axolotl_can",
-    "recipe_errors",
-    "save_fsdp2_adapters_with",
-    "uses_deepspeed",
-    "uses_fsdp",
-]
-
 # Axolotl shows INFO for loggers of its own name only.
 log = get_logger("axolotl.longlora_plugin")
 

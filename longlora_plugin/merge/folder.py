@@ -20,7 +20,7 @@ from longlora_plugin.checkpoints.run_config import config_json, trained_config
 from longlora_plugin.merge import adapted, nf4
 from longlora_plugin.merge.limits import raise_limits
 from longlora_plugin.merge.stored import StoredWeights, files_to_load
-from longlora_plugin.merge.stream import merge_weights
+from longlora_plugin.merge.stream import are_equal, merge_weights
 from longlora_plugin.rope.base_config import (
     contexts_of,
     maximum_of,
@@ -167,15 +167,11 @@ def _check_trained(adapter_dir: Path, merged: Path) -> None:
         name = plain_name(saved)
         if ".lora_" in saved or ".modules_to_save." in saved:
             continue
-        if name not in stored or not _holds(stored.tensor(name), tensor):
+        if name not in stored or not are_equal(stored.tensor(name), tensor):
             raise ValueError(
                 f"Axolotl's merge lost {name}, which the adapter trained. Write base_model: "
                 "<the 16-bit model this base was made from>"
             )
-
-
-def _holds(stored: Any, tensor: Any) -> bool:
-    return stored.shape == tensor.shape and bool((stored == tensor.to(stored.dtype)).all())
 
 
 def check_loads(folder: Path, *, remote_code: bool = False) -> None:

@@ -55,7 +55,7 @@ def merge_weights(
         # Names of the same tensor that the base does not store.
         for name in adapted.ties.get(group.target, set()) - targets:
             twin = values.of(name, before[group.target])
-            if not _are_equal(twin, after[group.target]):
+            if not are_equal(twin, after[group.target]):
                 tied = False
                 writer.add(name, twin)
     for name in sorted(adapted.changed - values.done):
@@ -124,8 +124,9 @@ def _note_rows(name: str, before: int, after: int) -> str:
     )
 
 
-def _are_equal(one: Any, other: Any) -> bool:
-    return one.shape == other.shape and bool((one == other).all())
+def are_equal(one: Any, other: Any) -> bool:
+    """Whether two tensors are the same in the dtype of the first."""
+    return one.shape == other.shape and bool((one == other.to(one.dtype)).all())
 
 
 class _Shards:
