@@ -70,7 +70,9 @@ def _local_files(entry: Mapping[str, Any]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         files += sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [path for path in files if path.is_file() and path.suffix in READERS]
+    known = [path for path in files if path.is_file() and path.suffix in READERS]
+    # A dataset that was saved to a folder has its description, in JSON, next to its rows.
+    return [path for path in known if path.suffix == known[0].suffix]
 
 
 def _lengths_of_files(
