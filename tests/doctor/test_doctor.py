@@ -126,7 +126,7 @@ def test_checkout_that_is_not_installed_is_no_error(monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(machine, "requires", not_installed)
-    monkeypatch.setattr(machine, "version", not_installed)
+    monkeypatch.setattr("longlora_plugin.artifacts.manifest.version", not_installed)
     assert machine.unsupported_versions(machine.versions()) == []
     assert machine.unsupported_extras(machine.versions()) == []
     result = run()
