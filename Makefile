@@ -14,8 +14,8 @@ export PATH := $(BIN):$(PATH)
 # Threads that spin while they wait for each other take a busy machine four times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-quick test-matrix test-attention-matrix test-wheel lint bench gpu docs study smollm2 longqa install \
-	lock clean
+.PHONY: demo test test-quick test-matrix test-attention-matrix test-wheel lint bench bench-parallel gpu \
+	docs study smollm2 longqa install lock clean
 
 # $(call set_up,FOLDER,PYTHON): a virtual environment with the versions of the constraints file.
 # Not bound by it: TORCH=…, for another build of torch.
@@ -112,6 +112,10 @@ lint: install
 
 bench: install
 	python -m benchmarks.attention --json outputs/bench/attention.json --plot outputs/bench/attention.png
+
+# Bytes that processes exchange, counted on this machine, and equality with one process.
+bench-parallel: install
+	OMP_NUM_THREADS=1 python -m benchmarks.parallel --json outputs/bench/parallel.json
 
 # On a machine with a GPU; needs no network (docs/reference/gpu.md) and no Axolotl, any Python with
 # torch, transformers and peft. GPU=… for other options, as in GPU="--budget 300 --sections exact".

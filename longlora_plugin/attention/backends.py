@@ -10,6 +10,7 @@ import torch
 from longlora_plugin.attention import packing
 from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.flex import flex_attention
+from longlora_plugin.attention.halo import with_dummy_queries
 from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
 from longlora_plugin.attention.sdpa import eager_kernel, grouped_attention, sdpa_kernel
 from longlora_plugin.attention.varlen import (
@@ -42,9 +43,9 @@ def backend_for(implementation: str | None) -> Backend:
     if implementation == "sdpa":
         return _sdpa
     if implementation == "eager":
-        return partial(grouped_attention, kernel=eager_kernel)
+        return partial(with_dummy_queries, partial(grouped_attention, kernel=eager_kernel))
     if implementation == "flex_attention":
-        return flex_attention
+        return partial(with_dummy_queries, flex_attention)
     name = (implementation or "").split("@")[0]
     if name in ("flash_attention_2", "flash_attention_3", "flash_attention_4") or (
         "/" in name and "flash" in name and "|" not in name
@@ -63,7 +64,8 @@ def _sdpa(
     # of cuDNN) of its own in SDPA. Rows without either keep SDPA: nobody measured them faster.
     if not call.documents.are_rows and torch_varlen_serves(query, value, call):
         return varlen_attention(query, key, value, call, kernel=torch_varlen)
-    return grouped_attention(query, key, value, call, kernel=sdpa_kernel)
+    grouped = partial(grouped_attention, kernel=sdpa_kernel)
+    return with_dummy_queries(grouped, query, key, value, call)
 
 
 def check_settings(group_size: int, full_attention_below: int) -> None:

@@ -24,6 +24,8 @@ class AttentionCall:
         softcap: bound of the scores, c · tanh(score / c); None is no bound.
         sinks_H: a score for each query head that takes part in the softmax without a value.
         module: the attention module that calls, where there is one.
+        pieces: (keys that have no query in front, queries) of each stretch of the token dimension,
+            where some keys come from other processes; empty: as many queries as keys.
     """
 
     documents: Documents
@@ -35,6 +37,7 @@ class AttentionCall:
     softcap: float | None = None
     sinks_H: torch.Tensor | None = None
     module: torch.nn.Module | None = None
+    pieces: tuple[tuple[int, int], ...] = ()
 
     def segments(self, run: HeadRun) -> Segments:
         """Segments of one run of heads, in flattened coordinates."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 
@@ -52,6 +53,30 @@ def attention_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
             or (hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention"))
         )
     ]
+
+
+def check_shardable(model: torch.nn.Module, skipped: Mapping[str, int]) -> None:
+    """Raise ValueError where a part of the model would take a shard for the whole row.
+
+    Args:
+        skipped: reason → layers that shifted attention does not cover.
+    """
+    if skipped:
+        reasons = "; ".join(f"{count} × {reason}" for reason, count in skipped.items())
+        raise ValueError(
+            f"process_group: {type(model).__name__} has layers that shifted attention does not "
+            f"cover and that would see their own shard only: {reasons}. Train it without a "
+            "process_group"
+        )
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, Mapping) else [kinds]:
+            if kind in ("dynamic", "longrope"):
+                raise ValueError(
+                    f"process_group: RoPE of type {kind} takes its frequencies from the longest "
+                    "position in the model, and each shard has another; write linear, ntk, yarn or "
+                    "llama3"
+                )
 
 
 def _words(kind: str) -> str:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from longlora_plugin.attention import generation
 from longlora_plugin.attention.packing import Documents
+from longlora_plugin.attention.shards import Row
 
 
 @dataclass
@@ -29,12 +30,16 @@ class Forward:
         model: the outermost module of it that was seen.
         trains: whether covered layers use S²-Attn if the model is in training mode.
         position_ids: [B, N] or [1, N] as given, or None.
+        attention_mask: [B, N] as given, or None.
+        row: where the batch is a shard: the row that it belongs to, once that is gathered.
         entered: ids of the modules that have begun.
     """
 
     model: torch.nn.Module
     trains: bool
     position_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    row: Row | None = None
     entered: set[int] = field(default_factory=set)
 
 
@@ -94,6 +99,9 @@ class Forwards(threading.local):
         # Positions of images and the like have another shape and say nothing of documents.
         if isinstance(positions, torch.Tensor) and positions.dim() == 2:
             current.position_ids = positions
+            padding = kwargs.get("attention_mask")
+            is_padding = isinstance(padding, torch.Tensor) and padding.dim() == 2
+            current.attention_mask = padding if is_padding else None
 
     @torch.compiler.disable
     def end(self, module: torch.nn.Module, *_: Any) -> None:

@@ -18,13 +18,15 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from longlora_plugin.attention import packing
 from longlora_plugin.attention.backends import backend_for, check_settings
 from longlora_plugin.attention.call import AttentionCall
-from longlora_plugin.attention.eligibility import attention_layers, eligible_layers
-from longlora_plugin.attention.forwards import Forwards, ReadDocuments
+from longlora_plugin.attention.eligibility import attention_layers, check_shardable, eligible_layers
+from longlora_plugin.attention.forwards import Forward, Forwards, ReadDocuments
+from longlora_plugin.attention.halo import sharded_attention
 from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
 from longlora_plugin.attention.registries import (
     MARK,
@@ -34,6 +36,7 @@ from longlora_plugin.attention.registries import (
     enable,
     original_mask,
 )
+from longlora_plugin.attention.shards import Row, Shards
 
 
 class ShiftedAttention:
@@ -58,6 +61,7 @@ class ShiftedAttention:
         group_size: int,
         full_attention_below: int,
         pattern: AttentionPattern,
+        shards: Shards | None = None,
     ) -> None:
         self.group_size = group_size
         self.full_attention_below = full_attention_below
@@ -71,6 +75,7 @@ class ShiftedAttention:
         self._hooks: list[Any] = []
         self._copies: WeakSet[torch.nn.Module] = WeakSet()
         self._forwards = Forwards()
+        self._shards = shards
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShiftedAttention:
         # A copied model shares the handle, as it shares `remove()`. `memo` holds the copies of
@@ -82,6 +87,10 @@ class ShiftedAttention:
     @property
     def layers(self) -> int:
         return len(self._modules)
+
+    @property
+    def is_sharded(self) -> bool:
+        return self._shards is not None
 
     def remove(self) -> None:
         """Bring the original behavior back; a second call does nothing."""
@@ -147,6 +156,12 @@ class ShiftedAttention:
 
     def _begin(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._forwards.begin(module, args, kwargs)
+        forward = self._forwards.current
+        if self._shards is None or forward is None or forward.position_ids is None:
+            return
+        if not forward.position_ids.shape[1] and forward.trains and self.active:
+            # Models fail on an empty shard before they reach a layer; others would wait for it.
+            self._gather(self._shards, forward, forward.position_ids)
 
     def _end(self, module: torch.nn.Module, *_: Any) -> None:
         self._forwards.end(module)
@@ -215,8 +230,14 @@ class ShiftedAttention:
             dtype = get_target_dtype(query, module)
             query, key, value = (x.to(dtype) for x in (query, key, value))
         self.calls += 1
+        row = None
+        if self._shards is None:
+            documents = self._find_documents(query, attention_mask, position_ids, cu_seq_lens_q)
+        else:
+            row = self._find_row(self._shards, query, attention_mask, position_ids)
+            documents = row.local
         call = AttentionCall(
-            documents=self._find_documents(query, attention_mask, position_ids, cu_seq_lens_q),
+            documents=documents,
             runs=head_runs(self.pattern, query.shape[1], key.shape[1], self.group_size),
             group_size=self.group_size,
             full_attention_below=self.full_attention_below,
@@ -226,8 +247,45 @@ class ShiftedAttention:
             sinks_H=s_aux,
             module=module,
         )
-        out_BNHD = backend_for(implementation)(query, key, value, call)
+        attend = backend_for(implementation)
+        if self._shards is None or row is None:
+            out_BNHD = attend(query, key, value, call)
+        else:
+            out_BNHD = sharded_attention(attend, query, key, value, call, row, self._shards.group)
         return out_BNHD.contiguous(), None
+
+    def _find_row(
+        self,
+        shards: Shards,
+        query: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> Row:
+        forward = self._forwards.current
+        if forward is None:
+            return shards.recall(attention_mask, position_ids)
+        if forward.row is None:
+            if attention_mask is not None and not are_document_ids(attention_mask):
+                forward.attention_mask = attention_mask  # a custom one, which is refused
+            forward.row = self._gather(shards, forward, query[:, 0, :, 0])
+        shards.remember(forward.row, attention_mask, position_ids)
+        return forward.row
+
+    def _gather(self, shards: Shards, forward: Forward, tokens_BN: torch.Tensor) -> Row:
+        batch, length = tokens_BN.shape
+        row = shards.gather(
+            forward.position_ids,
+            forward.attention_mask,
+            batch=batch,
+            length=length,
+            device=tokens_BN.device,
+        )
+        if 0 in row.lengths:
+            raise ValueError(
+                f"processes hold {', '.join(map(str, row.lengths))} tokens of a row; a model "
+                "cannot run without tokens: cut rows so that every process of the group has some"
+            )
+        return row
 
     def _find_documents(
         self,
@@ -278,6 +336,7 @@ def enable_shifted_attention(
     full_attention_below: int = 0,
     pattern: AttentionPattern = S2,
     follows: ShiftedAttention | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> ShiftedAttention:
     """Train `model` with S²-Attn; evaluation and generation keep the model's own attention.
 
@@ -288,13 +347,21 @@ def enable_shifted_attention(
         pattern: who attends to whom.
         follows: where `model` is the reference model of a policy: the policy's handle. A pass of
             it uses S²-Attn exactly where one of the policy would.
+        process_group: processes that share each row. Every one of them builds the same model and
+            runs it, in training mode, on its contiguous shard, in the order of ranks:
+            `model(input_ids=shard, position_ids=positions of the shard in the whole row)`,
+            positions starting anew where a packed document starts. Logits are the shard's;
+            gradients of the shards' losses, summed over the group, are those of one process.
+            Passes that do not train attend inside the shard.
 
     Returns:
         A handle: `.layers` covered, `.remove()`.
 
     Raises:
         ValueError: no layer is covered (says why), the model is already enabled, its attention
-            implementation has no S² back end, or an argument is wrong.
+            implementation has no S² back end, or an argument is wrong. With a `process_group`:
+            some layer or the RoPE would not see the whole row. In a forward pass, on all processes
+            alike: shards or positions do not fit together.
     """
     check_settings(group_size, full_attention_below)
     covered, skipped = eligible_layers(model)
@@ -314,12 +381,17 @@ def enable_shifted_attention(
         raise ValueError("shifted attention is already enabled on this model; remove() it first")
     for implementation in {module.config._attn_implementation for module in covered}:
         backend_for(implementation)
+    shards = None
+    if process_group is not None:
+        check_shardable(model, skipped)
+        shards = Shards(process_group)
     handle = ShiftedAttention(
         covered,
         skipped,
         group_size=group_size,
         full_attention_below=full_attention_below,
         pattern=pattern,
+        shards=shards if shards is not None and shards.size > 1 else None,
     )
     handle.follows = follows
     handle.watch(model)

@@ -33,6 +33,10 @@ WHOLE_ROWS = torch.int8
 class Handle(Protocol):
     """What the wrappers ask of an enabled model."""
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a batch is part of rows that other processes hold, too."""
+
     def position_ids_of(self, config: Any) -> tuple[bool, torch.Tensor | None]:
         """Whether a model of this `config` is in a training pass, and its positions."""
 
@@ -149,9 +153,11 @@ def _document_ids(given: dict[str, Any]) -> torch.Tensor | None:
         return None
     batch, length = given["batch_size"], given["q_length"]
     padding, device = given.get("attention_mask"), torch.device(given.get("device", "cpu"))
+    rows = torch.zeros((), dtype=WHOLE_ROWS, device=device).expand(batch, 1, 1, length)
+    if handle.is_sharded:
+        return rows  # documents are those of the whole row, which layers ask for
     if positions is not None and positions.shape not in ((batch, length), (1, length)):
         positions = None
-    rows = torch.zeros((), dtype=WHOLE_ROWS, device=device).expand(batch, 1, 1, length)
     if padding is None and positions is None and given["mask_function"] is plain_causal:
         return rows
     found = packing.read_mask(

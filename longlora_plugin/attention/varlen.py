@@ -13,28 +13,44 @@ import inspect
 from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.layout import Segments
-from longlora_plugin.attention.packing import index_on
+from longlora_plugin.attention.packing import index_on, whole_rows
 from longlora_plugin.attention.rows import flatten, unflatten
 from longlora_plugin.attention.sdpa import by_run
 
 VarlenKernel = Callable[..., torch.Tensor]
-"""Causal attention of segments that follow each other: (q_ThD, k_TkD, v_TkD, cu_seqlens, longest,
-call) → out_ThD, one head size for all."""
+"""Causal attention of segments that follow each other: (q_ThD, k_TkD, v_TkD, cuts, call) → out_ThD,
+one head size for all. Where a segment has fewer queries than keys, they are the last ones."""
+
+
+class Cuts(NamedTuple):
+    """Boundaries of segments, int32 [S + 1], and the longest one, of queries and of keys."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    longest_queries: int
+    longest_keys: int
 
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is kept may be needed in training
-def _cu_seqlens(cut: Segments, device: torch.device) -> tuple[torch.Tensor, int]:
-    lengths = [length for _, length in cut]
-    cuts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return index_on(cuts, device), max(lengths)
+def _cuts(cut: Segments, pieces: tuple[tuple[int, int], ...], device: torch.device) -> Cuts:
+    """Boundaries of segments of keys; the first of each piece lacks the queries of its halo."""
+    starts = accumulate((sum(piece) for piece in pieces), initial=0)
+    halos = dict(zip(starts, (halo for halo, _ in pieces), strict=False))
+    keys = [length for _, length in cut]
+    queries = [length - halos.get(start, 0) for start, length in cut]
+    cu_keys, cu_queries = (
+        index_on(torch.tensor([0, *accumulate(each)], dtype=torch.int32), device)
+        for each in (keys, queries)
+    )
+    return Cuts(cu_queries if pieces else cu_keys, cu_keys, max(queries), max(keys))
 
 
 def varlen_attention(
@@ -58,16 +74,20 @@ def varlen_attention(
         padding = (0, v_head_dim - head_dim)
         q_BHND, k_BKND = functional.pad(q_BHND, padding), functional.pad(k_BKND, padding)
     scaled = call.with_scale(head_dim)
+    pieces, of_queries = call.pieces, call.documents
+    if pieces:
+        pieces *= of_queries.batch
+        of_queries = whole_rows(of_queries.batch, q_BHND.shape[2])
     outputs = []
     # Heads are split where tokens are the outer dimension: no copy of query, key or value.
     qkv_BNhD = (x.transpose(1, 2) for x in (q_BHND, k_BKND, v_BKND))
     for run, *qkv_run in by_run(call.runs, *qkv_BNhD, dim=2):
-        cu_seqlens, longest = _cu_seqlens(call.segments(run), q_BHND.device)
+        cuts = _cuts(call.segments(run), pieces, q_BHND.device)
         rows = (flatten(x, call.documents) for x in qkv_run)
-        out = kernel(*rows, cu_seqlens, longest, scaled.of_run(run))
+        out = kernel(*rows, cuts, scaled.of_run(run))
         outputs.append(out[..., :v_head_dim])
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    return unflatten(joined, call.documents)
+    return unflatten(joined, of_queries)
 
 
 def flash_attention(
@@ -113,8 +133,7 @@ def _flash_kernel(
     q_ThD: torch.Tensor,
     k_TkD: torch.Tensor,
     v_TkD: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    longest: int,
+    cuts: Cuts,
     call: AttentionCall,
 ) -> torch.Tensor:
     # Not from modeling_flash_attention_utils: there Axolotl puts ring attention in its place.
@@ -131,10 +150,10 @@ def _flash_kernel(
         dropout=call.dropout,
         softmax_scale=call.scale,
         softcap=call.softcap,
-        cu_seq_lens_q=cu_seqlens,
-        cu_seq_lens_k=cu_seqlens,
-        max_length_q=longest,
-        max_length_k=longest,
+        cu_seq_lens_q=cuts.queries,
+        cu_seq_lens_k=cuts.keys,
+        max_length_q=cuts.longest_queries,
+        max_length_k=cuts.longest_keys,
         attn_implementation=implementation,
         **sinks,
     )[0]
@@ -172,8 +191,7 @@ def torch_varlen(
     q_ThD: torch.Tensor,
     k_TkD: torch.Tensor,
     v_TkD: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    longest: int,
+    cuts: Cuts,
     call: AttentionCall,
 ) -> torch.Tensor:
     """The kernel of `torch.nn.attention.varlen`, whose arguments differ between versions."""
@@ -190,5 +208,4 @@ def torch_varlen(
         options["enable_gqa"] = True
     elif repeats > 1:
         k_TkD, v_TkD = (x.repeat_interleave(repeats, dim=1) for x in (k_TkD, v_TkD))
-    cuts = (cu_seqlens, cu_seqlens, longest, longest)
     return varlen.varlen_attn(q_ThD, k_TkD, v_TkD, *cuts, **options)

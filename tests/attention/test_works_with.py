@@ -696,7 +696,7 @@ def test_index_tensors_of_varlen_are_made_once_for_all_layers(
         return q.clone()
 
     monkeypatch.setattr(flash_attention, "_flash_attention_forward", flash)
-    varlen._cu_seqlens.cache_clear()
+    varlen._cuts.cache_clear()
     model = tiny_llama(3, torch.bfloat16)
     model.config._attn_implementation = "flash_attention_2"
     enabled(model)

@@ -1,0 +1,1 @@
+"""Bytes and collectives of S²-Attn over several processes, counted on gloo."""
