@@ -319,8 +319,8 @@ class Shards:
         if len({batch for batch, _ in shapes}) > 1:
             raise ValueError(
                 f"processes that share rows have unequal shards, [rows, tokens]: "
-                f"{', '.join(str(list(shape)) for shape in shapes)}; each must have as many rows as the "
-                "others: every process of the group needs the same batch before it is cut"
+                f"{', '.join(str(list(shape)) for shape in shapes)}; all must have as many "
+                "rows: every process of the group needs the same batch before it is cut"
             )
 
 

@@ -110,21 +110,26 @@ def test_padding_at_the_end_belongs_to_no_document(
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_numbers_sent_are_the_plans_formula_and_do_not_grow_with_the_row(
-    size: int, processes: Processes
+@pytest.mark.parametrize("group_size", [8, 12, 10, 100])
+def test_numbers_sent_are_the_plans_formula_and_do_not_grow_where_the_group_divides_the_shard(
+    size: int, group_size: int, processes: Processes
 ) -> None:
-    for group_size in (8, 12):
-        sent = {}
-        for shard in (24, 48, 96):
-            options = {"group_size": group_size}
-            lengths, row = (shard,) * size, (shard * size,)
-            found = processes.run(sharded_models.train, lengths, [row], options, size=size)
-            received = [traffic.received for _, traffic in found]
-            sent = [traffic.sent for _, traffic in found]
-            shape = shape_of(sharded_models.llama())
-            formula = halo_bytes(shape, shard * size, size, group_size, bytes_each=1)
-            # Forward and backward: what one process receives, it returns.
-            assert max(r + s for r, s in zip(received, sent, strict=True)) == formula
+    shape, sent = shape_of(sharded_models.llama()), set()
+    for shard in (24, 72):
+        found = processes.run(
+            sharded_models.train,
+            (shard,) * size,
+            [(shard * size,)],
+            {"group_size": group_size},
+            size=size,
+        )
+        formula = LAYERS * halo_bytes(shape, shard * size, size, group_size, bytes_each=1)
+        assert max(traffic.received_forward for _, traffic in found) == formula
+        # Backward, what came goes back.
+        received = sum(traffic.received for _, traffic in found)
+        assert received == 2 * sum(traffic.received_forward for _, traffic in found)
+        sent.add(formula)
+    assert len(sent) == 1 or shard % group_size
 
 
 def test_where_nothing_crosses_nothing_is_sent(processes: Processes) -> None:

@@ -82,6 +82,7 @@ def train(
             model.enable_input_require_grads()
         with counted() as traffic:
             loss = sum(loss_of(model, ids, given, cut) for ids, given in batches)
+            traffic.received_forward = traffic.received
             if options.get("thread"):
                 thread = threading.Thread(target=loss.backward)
                 thread.start()

@@ -31,6 +31,7 @@ class Traffic:
     received: int = 0
     sent: int = 0
     sources: int = 0
+    received_forward: int = 0
     gathers: list[int] = field(default_factory=list)
 
 
