@@ -79,7 +79,8 @@ endif
 # that Axolotl 0.19 to 0.21 allow.
 ATTENTION_MATRIX := torch==2.11.0,transformers==5.17.0 torch==2.13.0,transformers==5.20.1
 ATTENTION_TESTS := tests/attention/test_attention.py tests/attention/test_backends.py \
-	tests/attention/test_forwards.py tests/attention/test_works_with.py tests/adapter
+	tests/attention/test_forwards.py tests/attention/test_works_with.py tests/attention/test_shards.py \
+	tests/adapter
 ATTENTION_VENVS ?= .venv-attention
 comma := ,
 

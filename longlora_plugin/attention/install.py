@@ -159,7 +159,7 @@ class ShiftedAttention:
         forward = self._forwards.current
         if self._shards is None or forward is None or forward.position_ids is None:
             return
-        if not forward.position_ids.shape[1] and forward.trains and self.active:
+        if not forward.position_ids.shape[1] and module.training and forward.trains and self.active:
             # Models fail on an empty shard before they reach a layer; others would wait for it.
             self._gather(self._shards, forward, forward.position_ids)
 
