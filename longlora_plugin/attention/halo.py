@@ -85,7 +85,7 @@ def sharded_attention(
             full_attention_below=layout.full_attention_below,
             pieces=layout.pieces,
         )
-        outputs.append(attend(*(x.transpose(1, 2) for x in (q, k, v)), part))
+        outputs.append(attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), part))
     out_FTHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return out_FTHD if row.documents.are_rows else unflatten(out_FTHD[0], row.local)
 
@@ -135,7 +135,7 @@ class HaloExchange(torch.autograd.Function):
         returned: list[list[torch.Tensor]] = [[] for _ in processes]
         own = []
         for gradient, layout in zip(gradients, ctx.layouts, strict=True):
-            mine = []
+            mine: list[torch.Tensor] = []
             parts = gradient.split([tokens for _, tokens in layout.parts], dim=1)
             for (source, _), part in zip(layout.parts, parts, strict=True):
                 (mine if source == OWN else returned[source]).append(part)

@@ -132,6 +132,7 @@ class Row:
         )
         lengths = tuple(each.shape[1] for each in positions)
         ends = list(accumulate(lengths, initial=0))
+        bounds: Bounds
         if documents.are_rows:
             bounds = tuple(((first, end),) for first, end in pairwise(ends))
         else:
