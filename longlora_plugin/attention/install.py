@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from longlora_plugin.attention import packing
 from longlora_plugin.attention.backends import backend_for, check_settings
 from longlora_plugin.attention.call import AttentionCall
-from longlora_plugin.attention.eligibility import attention_layers, check_shardable, eligible_layers
+from longlora_plugin.attention.eligibility import attention_layers, eligible_layers
 from longlora_plugin.attention.forwards import Forward, Forwards, ReadDocuments
 from longlora_plugin.attention.halo import sharded_attention
 from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
@@ -36,7 +36,7 @@ from longlora_plugin.attention.registries import (
     enable,
     original_mask,
 )
-from longlora_plugin.attention.shards import Row, Shards
+from longlora_plugin.attention.shards import Row, Shards, shards_of
 
 
 class ShiftedAttention:
@@ -347,21 +347,17 @@ def enable_shifted_attention(
         pattern: who attends to whom.
         follows: where `model` is the reference model of a policy: the policy's handle. A pass of
             it uses S²-Attn exactly where one of the policy would.
-        process_group: processes that share each row. Every one of them builds the same model and
-            runs it, in training mode, on its contiguous shard, in the order of ranks:
-            `model(input_ids=shard, position_ids=positions of the shard in the whole row)`,
-            positions starting anew where a packed document starts. Logits are the shard's;
-            gradients of the shards' losses, summed over the group, are those of one process.
-            Passes that do not train attend inside the shard.
+        process_group: processes that share each row, each with the same model, in training mode,
+            on a contiguous shard, in the order of ranks, with its `position_ids` of the whole row.
+            Passes that do not train attend inside the shard (docs: one row over several GPUs).
 
     Returns:
         A handle: `.layers` covered, `.remove()`.
 
     Raises:
         ValueError: no layer is covered (says why), the model is already enabled, its attention
-            implementation has no S² back end, or an argument is wrong. With a `process_group`:
-            some layer or the RoPE would not see the whole row. In a forward pass, on all processes
-            alike: shards or positions do not fit together.
+            implementation has no S² back end, an argument is wrong, or a part of the model would
+            take a shard for the row. In a pass, on all processes alike: shards do not fit.
     """
     check_settings(group_size, full_attention_below)
     covered, skipped = eligible_layers(model)
@@ -381,17 +377,13 @@ def enable_shifted_attention(
         raise ValueError("shifted attention is already enabled on this model; remove() it first")
     for implementation in {module.config._attn_implementation for module in covered}:
         backend_for(implementation)
-    shards = None
-    if process_group is not None:
-        check_shardable(model, skipped)
-        shards = Shards(process_group)
     handle = ShiftedAttention(
         covered,
         skipped,
         group_size=group_size,
         full_attention_below=full_attention_below,
         pattern=pattern,
-        shards=shards if shards is not None and shards.size > 1 else None,
+        shards=shards_of(model, skipped, process_group),
     )
     handle.follows = follows
     handle.watch(model)

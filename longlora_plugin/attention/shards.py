@@ -20,7 +20,7 @@ flattened, one in all where every row is one document.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from longlora_plugin.attention import packing
+from longlora_plugin.attention.eligibility import check_shardable
 from longlora_plugin.attention.layout import Segments, segments
 from longlora_plugin.attention.packing import PADDING, Documents
 
@@ -323,6 +324,21 @@ class Shards:
                 f"{', '.join(str(list(shape)) for shape in shapes)}; all must have as many "
                 "rows: every process of the group needs the same batch before it is cut"
             )
+
+
+def shards_of(
+    model: torch.nn.Module, skipped: Mapping[str, int], process_group: dist.ProcessGroup | None
+) -> Shards | None:
+    """The processes that share `model`'s rows; None where no other does.
+
+    Raises:
+        ValueError: as `Shards` and `check_shardable`.
+    """
+    if process_group is None:
+        return None
+    check_shardable(model, skipped)
+    shards = Shards(process_group)
+    return shards if shards.size > 1 else None
 
 
 def _problem(
