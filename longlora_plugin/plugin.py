@@ -257,7 +257,9 @@ def _tell(line: str) -> None:
 
 
 def _close(recipe: str | None, artifacts: Any, folder: Path) -> None:
-    log.info("%s", closing_block(artifacts.manifest, str(folder), recipe))
+    # The process group is gone; only the main process comes here.
+    block = closing_block(artifacts.manifest, str(folder), recipe)
+    log.info("%s", block, main_process_only=False)
 
 
 def _warn(line: str) -> None:
