@@ -30,13 +30,6 @@ def closing_block(manifest: Manifest, folder: str, recipe: str | None) -> str:
         recipe: its file; None where Axolotl did not say.
     """
     recipe = recipe or "RECIPE.yml"
-    sparse = manifest.steps - manifest.full_attention_steps
-    steps = f"{manifest.steps:,}, full attention in all of them"
-    if manifest.group_size and sparse:
-        steps = (
-            f"{sparse:,} with shifted attention (groups of {manifest.group_size:,}), then "
-            f"{manifest.full_attention_steps:,} with full attention"
-        )
     measured_on = manifest.recipe.get("test_datasets") or (
         (manifest.recipe.get("longlora") or {}).get("held_out")
     )
@@ -47,7 +40,7 @@ def closing_block(manifest: Manifest, folder: str, recipe: str | None) -> str:
         "trained": _trained(manifest),
         "saved in": folder,
         "context": _context(manifest),
-        "steps": steps,
+        "steps": _steps(manifest),
         "next": "\n            ".join([evaluate, *merge, f"longlora serve-check {served}"]),
     }
     return "LongLoRA: the run is finished\n" + "\n".join(
@@ -64,6 +57,15 @@ def _trained(manifest: Manifest) -> str:
         f"a LoRA adapter of {manifest.base_model} and {manifest.trained_modules} modules "
         f"({', '.join(manifest.trainable)}; {manifest.trained_parameters:,} parameters)"
     )
+
+
+def _steps(manifest: Manifest) -> str:
+    full = manifest.full_attention_steps if manifest.group_size else manifest.steps
+    kinds = {
+        f"shifted attention (groups of {manifest.group_size or 0:,})": manifest.steps - full,
+        "full attention": full,
+    }
+    return ", then ".join(f"{count:,} with {kind}" for kind, count in kinds.items() if count)
 
 
 def _context(manifest: Manifest) -> str:
