@@ -17,8 +17,6 @@ import torch
 from processes import Processes
 
 from longlora_plugin.attention.shards import Transfer, transfers
-from longlora_plugin.plan.parallel import halo_bytes
-from longlora_plugin.plan.shape import shape_of
 
 EXACT = 1e-12
 FIRST, CASES = (
@@ -114,6 +112,10 @@ def test_padding_at_the_end_belongs_to_no_document(
 def test_numbers_sent_are_the_plans_formula_and_do_not_grow_where_the_group_divides_the_shard(
     size: int, group_size: int, processes: Processes
 ) -> None:
+    # Not needed where only the tests of a GPU run.
+    from longlora_plugin.plan.parallel import halo_bytes
+    from longlora_plugin.plan.shape import shape_of
+
     shape, sent = shape_of(sharded_models.llama()), set()
     for shard in (24, 72):
         found = processes.run(
