@@ -98,15 +98,27 @@ def _compute_in(module: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def _read_in(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Have the module's code, whatever norm it is, read its fp32 parameters in `dtype`."""
-    names = [name for name, _ in module.named_parameters(recurse=False)]
+    """Have the module's forward pass, whatever norm it is, read its fp32 parameters in `dtype`.
+
+    Elsewhere `module.weight` is the parameter itself: FSDP2 looks it up by name.
+    """
     own = type(module)
-    reads = {name: _ReadIn(name, dtype) for name in names}
-    module.__class__ = type(own.__name__, (own,), {"__module__": own.__module__, **reads})
+    bound = module.__dict__.pop("forward", None)  # as Liger binds its own to one module
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.reads_cast = True
+        try:
+            return bound(*args, **kwargs) if bound else own.forward(self, *args, **kwargs)
+        finally:
+            self.reads_cast = False
+
+    reads = {name: _ReadIn(name, dtype) for name, _ in module.named_parameters(recurse=False)}
+    body = {"__module__": own.__module__, "reads_cast": False, "forward": forward, **reads}
+    module.__class__ = type(own.__name__, (own,), body)
 
 
 class _ReadIn:
-    """An attribute that gives a parameter in another dtype; the parameter stays what it is.
+    """An attribute that gives a parameter, in another dtype while `reads_cast`.
 
     Without `__set__`, so that FSDP1's plain tensors, which are set on the module, come first.
     """
@@ -115,8 +127,8 @@ class _ReadIn:
         self.name = name
         self.dtype = dtype
 
-    def __get__(self, module: torch.nn.Module | None, owner: type) -> Any:
+    def __get__(self, module: Any, owner: type) -> Any:
         if module is None:
             return self
         parameter = module._parameters[self.name]
-        return None if parameter is None else parameter.to(self.dtype)
+        return parameter.to(self.dtype) if module.reads_cast else parameter

@@ -223,7 +223,7 @@ def test_a_fused_norm_is_given_activations_and_weights_in_the_compute_dtype(fami
     assert {p.dtype for n, p in model.named_parameters() if "norm" in n and p.requires_grad} == {
         torch.float32
     }
-    assert norm._parameters["weight"].grad.dtype == torch.float32
+    assert norm.weight.grad.dtype == torch.float32
 
 
 def test_a_compiled_norm_trains_its_fp32_weight():
@@ -232,11 +232,20 @@ def test_a_compiled_norm_trains_its_fp32_weight():
     x = torch.randn(4, 8, dtype=torch.bfloat16)
     compiled = torch.compile(norm, backend="eager", fullgraph=True)
     compiled(x).sum().backward()
-    assert norm.weight.dtype == torch.bfloat16
-    assert dict(norm.named_parameters())["weight"].grad.dtype == torch.float32
+    assert norm.weight.grad.dtype == torch.float32
     with torch.no_grad():
-        dict(norm.named_parameters())["weight"].fill_(3.0)
+        norm.weight.fill_(3.0)
     torch.testing.assert_close(compiled(x), norm(x))
+
+
+def test_outside_its_forward_pass_a_norms_weight_is_the_parameter_that_fsdp2_looks_up():
+    model = with_adapter(build("llama", torch.bfloat16))
+    train_in_fp32(model)
+    tokens = torch.randint(0, 97, (1, 8))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    for name, parameter in model.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        assert getattr(model.get_submodule(owner), attribute) is parameter
 
 
 # ---- a tied head and Cut Cross Entropy ----------------------------------------------------
