@@ -32,6 +32,9 @@ FSDP2 = {
         "reshard_after_forward": True,
     },
 }
+STEADY = {"adam_epsilon": 1.0e-3}
+"""Adam's updates follow the gradient: its usual ε gives each element a whole step by its sign, and
+rounding turns the sign of the small ones."""
 LAUNCHERS = {
     # name: recipe, tied embeddings, tolerance of a step's loss, files that show two processes
     "zero1": ({}, False, 2e-3, "checkpoint-6/global_step6/*zero_pp_rank_1*optim_states.pt"),
@@ -63,7 +66,7 @@ def one_process(tmp_path_factory, tiny_model_dir, tiny_dataset):
                 tmp_path_factory.mktemp("one"),
                 model,
                 tiny_dataset,
-                {"micro_batch_size": 4, **changes},
+                {"micro_batch_size": 4, **STEADY, **changes},
             )
             done[key] = trainer_runs.train(recipe).ok()
         return done[key]
@@ -81,6 +84,7 @@ def test_killed_and_resumed_in_two_processes_equals_one_process(
         tied, **{key: changes[key] for key in ("load_in_4bit",) if key in changes}
     )
     config = DEEPSPEED / f"{launcher}.json"
+    changes = {**STEADY, **changes}
     if config.is_file():
         changes = {**changes, "deepspeed": str(config)}
     recipe = trainer_runs.write_recipe(tmp_path, model, tiny_dataset, changes)
@@ -132,7 +136,7 @@ def check_tensors(saved: dict, reference: dict, model: Path) -> None:
         before = base.get(plain, base["model.embed_tokens.weight"]) if "lora" not in name else 0
         ours, theirs = tensor - before, reference[name] - before
         assert ours.any(), f"{name} did not change"
-        assert float((ours - theirs).norm() / theirs.norm()) < 0.35, name
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.25, name
 
 
 @pytest.mark.parametrize("launcher", ["one process", "zero2", "zero3", "fsdp2"])
