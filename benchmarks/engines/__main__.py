@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.engines.models import CONTEXT, ROW, make_models, row_of_tokens
-from longlora_plugin.artifacts.trial import READERS, EngineError, is_equal, perplexity_ratio, score
+from longlora_plugin.artifacts.trial import READERS, is_equal, perplexity_ratio, score_all
 
 MIDDLE = 1024
 
@@ -48,27 +48,37 @@ def measure(environments: Path, engines: list[str], only: str | None) -> Iterato
     """One row for each engine and model."""
     tokens = row_of_tokens()
     with tempfile.TemporaryDirectory() as scratch:
-        for model_type, rope, folder in make_models(Path(scratch), only or ""):
-            reference = score("transformers-5", sys.executable, folder, tokens)["scores"]
-            for engine in engines:
-                python = environments / engine / "bin" / "python"
-                try:
-                    answer = score(engine, python, folder, tokens)
-                except EngineError as error:
-                    yield Row(engine, "", model_type, rope, "refused", error=str(error))
-                    continue
-                inside = perplexity_ratio(answer["scores"], reference, CONTEXT, MIDDLE)
-                beyond = perplexity_ratio(answer["scores"], reference, MIDDLE, ROW - 1)
-                yield Row(
-                    engine,
-                    answer["version"],
-                    model_type,
-                    rope,
-                    "equal" if is_equal(inside, beyond) else "different",
-                    round(inside, 4),
-                    round(beyond, 4),
-                    answer.get("served_context"),
-                )
+        models = list(make_models(Path(scratch), only or ""))
+        folders = [folder for *_, folder in models]
+        references = score_all("transformers-5", sys.executable, folders, tokens)
+        for engine in engines:
+            python = environments / engine / "bin" / "python"
+            # vLLM keeps what an engine held until its process ends.
+            step = 1 if engine == "vllm" else len(models)
+            for first in range(0, len(models), step):
+                part = slice(first, first + step)
+                answers = score_all(engine, python, folders[part], tokens)
+                for model, answer, reference in zip(
+                    models[part], answers, references[part], strict=True
+                ):
+                    yield _row(engine, *model[:2], answer, reference["scores"])
+
+
+def _row(engine: str, model_type: str, rope: str, answer: dict, reference: list) -> Row:
+    if "error" in answer:
+        return Row(engine, answer["version"], model_type, rope, "refused", error=answer["error"])
+    inside = perplexity_ratio(answer["scores"], reference, CONTEXT, MIDDLE)
+    beyond = perplexity_ratio(answer["scores"], reference, MIDDLE, ROW - 1)
+    return Row(
+        engine,
+        answer["version"],
+        model_type,
+        rope,
+        "equal" if is_equal(inside, beyond) else "different",
+        round(inside, 4),
+        round(beyond, 4),
+        answer.get("served_context"),
+    )
 
 
 def write(path: Path, rows: list[dict]) -> None:

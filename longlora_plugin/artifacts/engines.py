@@ -35,7 +35,9 @@ class Engine:
         measured_as: engine of the matrix that reads the file for it; None where its verdicts were
             read in its source.
         version: version whose source was read; None where the matrix has it.
-        refuses: RoPE types that its source refuses, or serves wrong, with the reason.
+        refuses: RoPE types that its source refuses, with the reason.
+        loses: RoPE types that it was once seen to compute wrong, with what was seen; for what the
+            matrix has no row of.
         note: what to know in any case.
     """
 
@@ -47,9 +49,11 @@ class Engine:
     measured_as: str | None = None
     version: str | None = None
     refuses: Mapping[str, str] | None = None
+    loses: Mapping[str, str] | None = None
     note: str = ""
 
 
+_NO_GGUF = {"longrope": "its GGUF loses the scaling: 3.1 times the perplexity"}
 _GGUF = "python convert_hf_to_gguf.py {folder} --outfile model.gguf"
 ENGINES = (
     Engine(
@@ -72,6 +76,10 @@ ENGINES = (
         lora_command="vllm serve {base} --enable-lora --lora-modules {name}={folder} "
         "--hf-overrides '{rope}' --max-model-len {context}",
         measured_as="vllm",
+        loses={
+            "dynamic": "its table of positions ends at the original context: NaN or wrong numbers "
+            "beyond it, without an error (0.32.0)"
+        },
         note="without --max-model-len it takes another limit: factor times the maximum for linear, "
         "the original context for longrope",
     ),
@@ -86,12 +94,14 @@ ENGINES = (
         "llama.cpp",
         f"{_GGUF} && llama-server -m model.gguf -c {{context}}",
         measured_as="llama.cpp",
+        loses=_NO_GGUF,
     ),
     Engine(
         "ollama",
         f"{_GGUF} && printf 'FROM ./model.gguf\\nPARAMETER num_ctx {{context}}\\n' > Modelfile && "
         "ollama create {name} -f Modelfile",
         measured_as="llama.cpp",
+        loses=_NO_GGUF,
         note="its own import of safetensors reads neither spelling for most families: go through "
         "GGUF",
     ),
@@ -259,6 +269,8 @@ def _spelling_fault(engine: Engine, saved: Saved) -> str | None:
 
 
 def _measured_row(engine: Engine, saved: Saved, command: str) -> EngineRow:
+    if engine.measured_as == "transformers-5":
+        return EngineRow(engine.name, "equal", engine.note, "the reference", command)
     # A preset that changes θ alone leaves the type as it was.
     rope = "theta" if saved.rope_type == "default" else saved.rope_type
     found = matrix().get((str(engine.measured_as), saved.model_type, rope))
@@ -266,6 +278,9 @@ def _measured_row(engine: Engine, saved: Saved, command: str) -> EngineRow:
     if found is None:
         found = matrix().get((str(engine.measured_as), "llama", rope))
         like = f", for model type llama ({saved.model_type} was not tried)"
+    if found is None and saved.rope_type in (engine.loses or {}):
+        reason = (engine.loses or {})[saved.rope_type]
+        return EngineRow(engine.name, "different", reason, "seen once", None)
     if found is None:
         reason = f"RoPE type {saved.rope_type} was not tried"
         return EngineRow(engine.name, "not tried", reason, "", command)

@@ -29,47 +29,66 @@ class EngineError(Exception):
     """An engine did not score the row; the message is what it said."""
 
 
-def score(
-    engine: str, python: str | Path, folder: Path, tokens: Sequence[int], *, timeout: float = 600
-) -> dict[str, Any]:
-    """Let an engine score a row.
-
-    Args:
-        engine: a name in `READERS`.
-        python: the Python that has it installed.
-        folder: of a whole model.
-        tokens: ids of one row.
-        timeout: in seconds.
-
-    Returns:
-        `version` of the engine, `scores`: nats for each token but the first, None for those that
-        the engine did not tell.
+def score(engine: str, python: str | Path, folder: Path, tokens: Sequence[int]) -> dict[str, Any]:
+    """Let an engine score a row; see `score_all`.
 
     Raises:
         EngineError: it cannot load or run this model; says why.
     """
+    answer = score_all(engine, python, [folder], tokens)[0]
+    if "error" in answer:
+        raise EngineError(answer["error"])
+    return answer
+
+
+def score_all(
+    engine: str,
+    python: str | Path,
+    folders: Sequence[Path],
+    tokens: Sequence[int],
+    *,
+    timeout: float = 600,
+) -> list[dict[str, Any]]:
+    """Let an engine score a row with each of several models.
+
+    Args:
+        engine: a name in `READERS`.
+        python: the Python that has it installed.
+        folders: of whole models.
+        tokens: ids of one row.
+        timeout: in seconds, for each folder.
+
+    Returns:
+        For each folder `version` of the engine and `scores`: nats for each token but the first,
+        None for those that the engine did not tell; or `error`.
+    """
     script = Path(__file__).with_name("readers") / READERS[engine]
     with tempfile.TemporaryDirectory() as scratch:
-        row, out = Path(scratch) / "tokens.json", Path(scratch) / "scores.json"
+        row = Path(scratch) / "tokens.json"
         row.write_text(json.dumps(list(tokens)))
+        outs = [Path(scratch) / f"{index}.json" for index in range(len(folders))]
+        pairs = [str(each) for pair in zip(folders, outs, strict=True) for each in pair]
+        failure = f"no answer within {timeout:.0f} s"
         try:
             done = subprocess.run(
-                [str(python), str(script), str(folder), str(row), str(out)],
+                [str(python), str(script), str(row), *pairs],
                 capture_output=True,
                 text=True,
                 errors="replace",
-                timeout=timeout,
+                timeout=timeout * len(folders),
                 env={**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"},
                 check=False,
             )
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            failure = ([line for line in lines if "Error" in line] or lines or ["it ended"])[-1]
         except subprocess.TimeoutExpired:
-            raise EngineError(f"no answer within {timeout:.0f} s") from None
-        if done.returncode == 0 and out.is_file():
-            answer: dict[str, Any] = json.loads(out.read_text())
-            return answer
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line and "Failed core proc" not in line]
-    raise EngineError((errors or lines or [f"exit code {done.returncode}"])[-1][:400])
+            pass
+        return [
+            json.loads(out.read_text())
+            if out.is_file()
+            else {"version": "", "error": failure[:400]}
+            for out in outs
+        ]
 
 
 def perplexity_ratio(

@@ -141,7 +141,8 @@ def _for_machines(run: Training) -> Iterator[Remedy]:
             yield Remedy(
                 "context",
                 f"context_parallel_size: {count}",
-                f"{count} GPUs share a row: fewer rows at once, traffic in every layer",
+                f"{count} GPUs share a row: fewer rows at once, traffic in every layer, and full "
+                "attention (longlora: {shifted_attention: false})",
                 {"context_parallel": count},
             )
     for times in (2, 4):

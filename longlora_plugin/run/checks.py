@@ -69,7 +69,9 @@ def problems_of(
         checks.append(partial(find, "longlora_rope_presets", block.rope_preset))
     if recipe.get("adapter") == "longlora":
         checks.append(partial(_check_zero3, recipe))
-    checks += [partial(check, recipe) for check in (_check_lm_eval, _check_relora)]
+    checks += [
+        partial(check, recipe) for check in (_check_lm_eval, _check_relora, _check_tiled_mlp)
+    ]
     checks.append(partial(_check_preference, recipe, block.shifted_attention))
     for check in checks:
         try:
@@ -157,6 +159,17 @@ def _check_relora(recipe: Mapping[str, Any]) -> None:
             "restart changes, so what it saves as an adapter does not belong to base_model. "
             "Remove relora (and jagged_restart_steps); for a higher rank, raise lora_r"
         )
+
+
+def _check_tiled_mlp(recipe: Mapping[str, Any]) -> None:
+    rows = str(recipe.get("micro_batch_size") or 1)
+    if not recipe.get("tiled_mlp") or rows == "1" or recipe.get("sample_packing"):
+        return
+    raise ValueError(
+        f"tiled_mlp: true with micro_batch_size: {rows}: Axolotl takes the rows of a batch for one "
+        "row there, and the gradients are wrong. Write micro_batch_size: 1 with "
+        f"gradient_accumulation_steps: {rows}, or sample_packing: true"
+    )
 
 
 def _check_preference(recipe: Mapping[str, Any], shifted: bool) -> None:

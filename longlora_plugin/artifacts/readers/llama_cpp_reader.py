@@ -6,15 +6,15 @@ path of llama.cpp's `convert_hf_to_gguf.py`, and LONGLORA_GGUF_PYTHON, a Python 
 transformers and gguf.
 """
 
-import json
 import os
 import subprocess
-import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import xllamacpp
+from protocol import answer_all
 
 EVERY = 16
 """Tokens from one score to the next."""
@@ -32,25 +32,26 @@ runpy.run_path(str(script), run_name="__main__")
 """
 
 
-def main() -> None:
-    """Score one row."""
-    folder, tokens, out = sys.argv[1:]
-    row = json.loads(Path(tokens).read_text())
+def score(folder: str, row: list[int]) -> dict[str, Any]:
+    """Log-likelihoods of some of a row's tokens."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "model.gguf"
-        subprocess.run(
+        done = subprocess.run(
             [
                 *(os.environ["LONGLORA_GGUF_PYTHON"], "-c", CONVERT),
                 *(os.environ["LONGLORA_GGUF_CONVERTER"], folder),
                 *("--outfile", str(file), "--outtype", "f32"),
             ],
-            check=True,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
         )
-        scores = score(str(file), row)
-    Path(out).write_text(json.dumps({"version": version("xllamacpp"), "scores": scores}))
+        if done.returncode:
+            raise RuntimeError(f"conversion: {done.stderr.strip().splitlines()[-1]}")
+        return {"scores": score_file(str(file), row)}
 
 
-def score(file: str, row: list[int]) -> list[float | None]:
+def score_file(file: str, row: list[int]) -> list[float | None]:
     """Log-likelihoods of a row in a GGUF file, for some of its tokens."""
     params = xllamacpp.CommonParams()
     params.model.path = file
@@ -78,4 +79,4 @@ def score(file: str, row: list[int]) -> list[float | None]:
 
 
 if __name__ == "__main__":
-    main()
+    answer_all(version("xllamacpp"), score)
