@@ -956,5 +956,5 @@ def test_an_unknown_gpu_or_base_is_a_clean_error(tmp_path: Path) -> None:
     recipe.write_text("base_model: ./not-here\n")
     result = invoke(recipe)
     assert result.exit_code == 1
-    assert "base_model: cannot read the config of './not-here'" in result.output
+    assert "base_model: the folder ./not-here does not exist" in result.output
     assert "Traceback" not in result.output
