@@ -28,7 +28,7 @@ else
 fi
 if [ -n "${TORCH:-}" ]; then # another build than the constraints': they must not name one
     kept=$(mktemp)
-    grep -vE '^(torch|triton)==' "$lock" >"$kept" # triton is that of one build of torch
+    grep -v '^torch==' "$lock" >"$kept"
     step "$VENV: $TORCH" "${install[@]}" "$TORCH"
     lock=$kept
 fi
