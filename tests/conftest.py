@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
-LEAVE_MODELS_ENABLED = {"test_families", "test_plan", "test_callback", "test_end_to_end"}
+LEAVE_MODELS_ENABLED = {"test_families", "test_callback", "test_end_to_end"}
 """Exceptions, to become none: files whose tests do not call handle.remove()."""
 
 

@@ -75,7 +75,6 @@ TOO_LONG = {
     "tests/attention/test_families.py",
     "tests/attention/test_works_with.py",
     "tests/benchmarks/test_longqa_score.py",
-    "tests/plan/test_plan.py",
     "tests/support/families.py",
 }
 """Exceptions, to become none."""

@@ -31,8 +31,8 @@ With `context_parallel_size` P the tokens of a GPU are N/P, and a layer holds it
 values and output once more while they are exchanged (Ulysses does; a ring or a halo holds less).
 
 `activations`, `loss` and `layer` were compared with the live tensors of real training steps
-(`tests/plan/test_plan.py`). `context` is two round figures; the one constant fitted to Table 12 is
-FRAGMENTS.
+(`tests/plan/test_memory.py`). `context` is two round figures; the one constant fitted to Table 12
+is FRAGMENTS.
 
 Assumptions: the parts add, also `step`, though it runs after the loss is gone: Table 12's full
 fine-tune is 20.6–22.7 GB above LoRA at *every* length, of which gradients and optimizer explain

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import plan_material
 import pytest
-from click.testing import CliRunner
+from plan_material import LLAMA_SAVED, invoke, tiny_llama
 from transformers import LlamaConfig, Qwen3Config
 
-from longlora_plugin.cli import longlora
 from longlora_plugin.plan import GPUS, ModelShape, Training, memory, meta_model, shape_of
 from longlora_plugin.plan.cost import Rate, Steps, cost_of
 from longlora_plugin.plan.memory import GIB, host_memory, saved_by_layer
@@ -20,27 +21,8 @@ from longlora_plugin.plan.planner import planned_run
 from longlora_plugin.plan.remedies import remedies
 from longlora_plugin.run.recipe import read_recipe
 
-PLUGIN = "longlora_plugin.LongLoRAPlugin"
-
-
-def write_recipe(folder: Path, config: Any, **keys: Any) -> Path:
-    config.save_pretrained(folder / "base")
-    recipe = folder / "recipe.yml"
-    given = {"base_model": str(folder / "base"), "plugins": [PLUGIN], "adapter": "longlora", **keys}
-    recipe.write_text(json.dumps(given), encoding="utf-8")
-    return recipe
-
-
-def invoke(*arguments: Any) -> Any:
-    return CliRunner().invoke(longlora, ["plan", *map(str, arguments)])
-
-
-def small_llama(**changes: Any) -> LlamaConfig:
-    values = {
-        "vocab_size": 500, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 6,
-        "num_attention_heads": 4, "num_key_value_heads": 2,
-    }  # fmt: skip
-    return LlamaConfig(**{**values, **changes})
+small_llama = partial(tiny_llama, num_hidden_layers=6)
+write_recipe = partial(plan_material.write_recipe, adapter="longlora")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +37,7 @@ def qwen3_8b() -> tuple[ModelShape, Parameters]:
         model,
         lora_r=8,
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        saved_modules=["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"],
+        saved_modules=LLAMA_SAVED,
     )
     return shape_of(model), counts
 
@@ -300,7 +282,7 @@ def test_what_check_refuses_is_not_planned(
 
 
 def test_a_recipe_of_an_axolotl_plugin_is_planned(tmp_path: Path) -> None:
-    plugins = [PLUGIN, "axolotl.integrations.liger.LigerPlugin"]
+    plugins = ["longlora_plugin.LongLoRAPlugin", "axolotl.integrations.liger.LigerPlugin"]
     path = write_recipe(
         tmp_path, small_llama(), plugins=plugins, liger_fused_linear_cross_entropy=True
     )
