@@ -48,16 +48,19 @@ demo: install
 	axolotl merge-lora $(RECIPE)
 	python -m benchmarks.experiments.quickstart.summary $(OUT)
 
-# Two workers for two cores; a file's tests stay together, they share what is slow to make.
+# Two workers for two cores; a file's tests stay together, they share what is slow to make. The
+# order is that of tests/conftest.py, not xdist's, which begins with the files of most tests.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: install
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --durations 15
+	$(PYTEST) --durations 15
 
 # Under a minute, for a first change: the contract, the rules of the source, and arithmetic.
 QUICK_TESTS := tests/test_args.py tests/test_layering.py tests/test_install.py tests/run tests/rope \
 	tests/adapter tests/attention/test_attention.py
 
 test-quick: install
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile $(QUICK_TESTS)
+	$(PYTEST) $(QUICK_TESTS)
 
 # Python 3.12 with Axolotl 0.21: train, resume, merge, evaluate and load there, too.
 MATRIX_PYTHON ?= $(shell for p in $(HOME)/.pyenv/versions/3.12*/bin/python3.12 python3.12; do \
@@ -78,9 +81,9 @@ endif
 # The attention and adapter tests, without Axolotl, on the lowest and the highest torch and transformers
 # that Axolotl 0.19 to 0.21 allow.
 ATTENTION_MATRIX := torch==2.11.0,transformers==5.17.0 torch==2.13.0,transformers==5.20.1
-ATTENTION_TESTS := tests/attention/test_attention.py tests/attention/test_backends.py \
-	tests/attention/test_forwards.py tests/attention/test_works_with.py tests/attention/test_shards.py \
-	tests/adapter
+ATTENTION_TESTS := $(addprefix tests/attention/test_,$(addsuffix .py,attention layout input backends \
+	flash_attention flex_attention torch_kernels forwards enabled_models works_with memory shards)) \
+	tests/adapter tests/benchmarks/test_attention.py
 ATTENTION_VENVS ?= .venv-attention
 comma := ,
 

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from longlora_plugin.adapter.optimizer import CheckOptimizer
 
 
 @pytest.fixture
 def model():
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
     lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm", "embed_tokens"])
-    return get_peft_model(LlamaForCausalLM(config), lora)
+    return get_peft_model(tiny.llama(1), lora)
 
 
 def begin(model, parameters):

@@ -1,43 +1,42 @@
 """S²-Attn in every decoder family of the installed transformers, at tiny random sizes.
 
-The reference is the *stock* model in training mode whose full-attention layers are handed an
-explicit mask per head, [batch, heads, tokens, tokens], written by `tests/reference.py`. Which
-layers those are is spelled out by hand in `FAMILIES`, not asked of the package.
-
-Models compute in float32 here and there (norms, softmax, RoPE) whatever their dtype; `in_float64`
-turns that off on both sides, so that the comparison is a float64 one.
+How they are compared with the original is in `family_runs.py`; which layers S² must cover is
+spelled out by hand in `families.py`, not asked of the package.
 
 `python tests/attention/test_families.py --write` writes the table in `docs/reference/families.md`.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from families import FAMILIES, IMAGE_TOKENS, UNSUPPORTED, build_family
-from reference import head_masks
+from attention_material import Enable
+from families import FAMILIES
+from family_runs import (
+    DOCUMENTS,
+    TOKENS,
+    TOLERANCE,
+    build,
+    compare,
+    error,
+    logits,
+    logits_in_float64,
+    masked_per_head,
+    refusal,
+    tokens,
+)
+from unsupported_families import UNSUPPORTED
 
-from longlora_plugin.attention import enable_shifted_attention
-from longlora_plugin.plan import forward_flops, shape_of
+from longlora_plugin.plan import shape_of
 
-GROUP, TOKENS = 8, 21
-DOCUMENTS = [12, 9]
-TOLERANCE = 1e-9
-"""Largest relative error in float64, of logits and of every parameter's gradient."""
 TABLE = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
 
 CASES = [
@@ -53,131 +52,6 @@ each_family = pytest.mark.parametrize(
         for i, (name, family) in enumerate(FAMILIES.items())
     ],
 )
-
-
-# --- models and runs ------------------------------------------------------------------------
-
-
-class InFloat64(TorchFunctionMode):
-    """Where code asks for float32, give it float64."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        args = tuple(torch.float64 if x is torch.float32 else x for x in args)
-        kwargs = {k: torch.float64 if x is torch.float32 else x for k, x in (kwargs or {}).items()}
-        return func(*args, **kwargs)
-
-
-def build(name: str, implementation: str) -> torch.nn.Module:
-    """The family's tiny model, always with the same random weights, in float64 and training."""
-    return build_family(name, FAMILIES[name], implementation)
-
-
-def tokens(rows: int = 1, length: int = TOKENS, seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(10, 97, (rows, length), generator=generator)
-
-
-def logits(model: torch.nn.Module, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """[rows, tokens, vocabulary]; routers that draw at random draw the same each time."""
-    torch.manual_seed(0)
-    zeros = {name: torch.zeros_like(ids) for name in FAMILIES[model.family].zeros}
-    return model(ids, **{"use_cache": False, **zeros, **inputs}).logits
-
-
-def logits_in_float64(model: torch.nn.Module, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    with InFloat64():
-        return logits(model, ids, **inputs)
-
-
-def gradients(model: torch.nn.Module, out: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of a fixed random weighing of the logits, for every parameter that takes part."""
-    model.zero_grad()
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
-    with InFloat64():
-        (out * weights).sum().backward()
-    return {
-        name: parameter.grad.clone()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
-    """Largest difference, relative to the largest number expected or to `floor`, if greater."""
-    largest = max(expected.abs().max().item(), floor)
-    return (actual - expected).abs().max().item() / (largest or 1.0)
-
-
-@contextmanager
-def masked_per_head(
-    model: torch.nn.Module,
-    name: str,
-    implementation: str,
-    documents: list[int] | None = None,
-    only: tuple[int, ...] | None = None,
-) -> Iterator[None]:
-    """The stock model, its full-attention layers handed the oracle's mask per head."""
-    family = FAMILIES[name]
-    mask = head_masks(documents or [TOKENS], GROUP, family.heads, family.kv_heads)[None]
-    if implementation == "eager":
-        forbidden = torch.finfo(torch.float64).min
-        mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, forbidden)
-
-    def hand_over(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        given = inspect.signature(module.forward).bind(*args, **kwargs)
-        stock = given.arguments.get("attention_mask")
-        given.arguments["attention_mask"] = (
-            {**stock, "causal": mask} if isinstance(stock, dict) else mask  # Zaya's is a dict
-        )
-        return given.args, given.kwargs
-
-    layers = [
-        module
-        for module in model.modules()
-        if getattr(module, "layer_idx", None) in (only or family.full)
-        and type(module).__name__.endswith(("Attention", "MLA"))
-        and "attention_mask" in inspect.signature(module.forward).parameters
-    ]
-    assert len(layers) == (len(only) if only else family.layers), [type(layer) for layer in layers]
-    hooks = [layer.register_forward_pre_hook(hand_over, with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Shifted training against the stock model under a mask per head."""
-
-    error: float
-    from_full_attention: float
-    layers: int
-    calls: int
-    skipped: dict[str, int]
-
-
-@cache
-def compare(name: str, implementation: str) -> Comparison:
-    model, ids = build(name, implementation), tokens(2)
-    full = logits_in_float64(model, ids).detach()
-    with masked_per_head(model, name, implementation):
-        expected = logits_in_float64(model, ids)
-        expected_gradients = gradients(model, expected)
-    handle = enable_shifted_attention(model, group_size=GROUP)
-    actual = logits_in_float64(model, ids)
-    calls = handle.calls
-    actual_gradients = gradients(model, actual)
-    assert actual_gradients.keys() == expected_gradients.keys()
-    # Some gradients are zero but for rounding: the bias of keys changes no softmax.
-    floor = 1e-5 * max(gradient.abs().max().item() for gradient in expected_gradients.values())
-    errors = [error(actual, expected)] + [
-        error(actual_gradients[key], expected_gradients[key], floor) for key in expected_gradients
-    ]
-    return Comparison(max(errors), error(actual, full), handle.layers, calls, handle.skipped)
 
 
 # --- what must hold in every family ---------------------------------------------------------
@@ -203,19 +77,19 @@ def test_every_full_attention_layer_is_shifted_and_the_others_are_named(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_plan_counts_a_fully_attending_layer_for_each_call_of_shifted_attention(name: str) -> None:
     family = FAMILIES[name]
-    shape = shape_of(build_family(name, family, family.implementations[0]))
+    shape = shape_of(build(name, family.implementations[0]))
     calls = family.layers if name == "diffllama" else family.calls  # two calls of half the width
     assert shape.full_layers - shape.unshifted == (calls or family.layers)
 
 
 @each_family_and_implementation
 def test_evaluation_while_enabled_and_training_after_remove_are_bit_for_bit_stock(
-    name: str, implementation: str
+    name: str, implementation: str, enable: Enable
 ) -> None:
     model, ids = build(name, implementation), tokens(2)
     stock_training = logits(model, ids)
     stock_evaluation = logits(model.eval(), ids)
-    handle = enable_shifted_attention(model, group_size=GROUP)
+    handle = enable(model)
     assert torch.equal(logits(model, ids), stock_evaluation)
     assert handle.calls == 0
     model.train()
@@ -226,9 +100,11 @@ def test_evaluation_while_enabled_and_training_after_remove_are_bit_for_bit_stoc
 
 
 @each_family
-def test_no_token_sees_a_later_one_in_training(name: str, implementation: str) -> None:
+def test_no_token_sees_a_later_one_in_training(
+    name: str, implementation: str, enable: Enable
+) -> None:
     model, ids = build(name, implementation), tokens(1)
-    enable_shifted_attention(model, group_size=GROUP)
+    enable(model)
     changed = ids.clone()
     changed[0, -1] = (changed[0, -1] - 10 + 1) % 87 + 10
     before, after = (logits_in_float64(model, x)[0].detach() for x in (ids, changed))
@@ -237,9 +113,11 @@ def test_no_token_sees_a_later_one_in_training(name: str, implementation: str) -
 
 
 @each_family
-def test_rows_padded_on_either_side_equal_the_rows_alone(name: str, implementation: str) -> None:
+def test_rows_padded_on_either_side_equal_the_rows_alone(
+    name: str, implementation: str, enable: Enable
+) -> None:
     model = build(name, implementation)
-    enable_shifted_attention(model, group_size=GROUP)
+    enable(model)
     ids, padding = tokens(3), torch.ones(3, TOKENS, dtype=torch.long)
     short = 13
     sides = {"right": (1, slice(0, short)), "left": (2, slice(TOKENS - short, TOKENS))}
@@ -263,7 +141,7 @@ def test_rows_padded_on_either_side_equal_the_rows_alone(name: str, implementati
 @pytest.mark.parametrize("mask", ["no-mask", "mask-of-ones"])
 @each_family
 def test_packed_documents_equal_the_documents_alone(
-    name: str, implementation: str, mask: str
+    name: str, implementation: str, mask: str, enable: Enable
 ) -> None:
     family, model, ids = FAMILIES[name], build(name, implementation), tokens()
     packed: dict[str, Any] = {
@@ -275,7 +153,7 @@ def test_packed_documents_equal_the_documents_alone(
         inputs["attention_mask"] = torch.ones(1, TOKENS, dtype=torch.long)
     with masked_per_head(model, name, implementation, DOCUMENTS):
         expected = logits_in_float64(model, ids, **(packed if family.shares_mask else inputs))
-    enable_shifted_attention(model, group_size=GROUP)
+    enable(model)
     actual = logits_in_float64(model, ids, **inputs)
     assert error(actual, expected) < TOLERANCE
     if family.packing or (family.skipped and mask == "mask-of-ones"):
@@ -291,105 +169,6 @@ def test_stock_model_mixes_packed_documents_where_the_table_says_so(name: str) -
     packed = logits_in_float64(model, ids, position_ids=position_ids)
     alone = [logits_in_float64(model, part)[0] for part in ids.split(DOCUMENTS, dim=1)]
     assert error(packed[0], torch.cat(alone)) > 1e-3
-
-
-# --- what is not covered --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_unsupported_family_is_refused_with_the_reason(name: str) -> None:
-    assert refusal(name).count(UNSUPPORTED[name][1]) == 1
-
-
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_plan_lets_shifted_attention_save_nothing_in_an_unsupported_family(name: str) -> None:
-    model = build_family(name, UNSUPPORTED[name][0], "eager")
-    shape = shape_of(model)
-    assert shape.full_layers == shape.unshifted
-    assert forward_flops(shape, 64, 8) == forward_flops(shape, 64)
-
-
-@cache
-def refusal(name: str) -> str:
-    """Why S² covers no layer of an unsupported family."""
-    model = build_family(name, UNSUPPORTED[name][0], "eager")
-    with pytest.raises(ValueError, match="shifted attention covers no layer of ") as raised:
-        enable_shifted_attention(model, group_size=GROUP)
-    return str(raised.value).split(": ", 1)[1]
-
-
-def test_window_as_long_as_the_context_counts_as_full_attention() -> None:
-    family = replace(FAMILIES["mistral"], config={"sliding_window": 256})
-    model = build_family("mistral", family, "sdpa")
-    assert enable_shifted_attention(model, group_size=GROUP).layers == 2
-    padding = torch.ones(2, TOKENS, dtype=torch.long)
-    padding[1, 13:] = 0
-    ids = tokens(2)
-    padded = logits_in_float64(model, ids, attention_mask=padding)
-    assert error(padded[1, :13], logits_in_float64(model, ids[1:, :13])[0]) < TOLERANCE
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["gemma3_text", "llama4_text", "minimax_m3_vl_text"])
-def test_stock_layers_keep_their_mask_in_rows_shorter_than_their_window(
-    name: str, implementation: str, padded: bool
-) -> None:
-    wide = {"sliding_window": 64, "attention_chunk_size": 64, "index_block_size": 64}
-    family = FAMILIES[name]
-    config = {key: wide.get(key, value) for key, value in family.config.items()}
-    model, ids = build_family(name, replace(family, config=config), implementation), tokens()
-    padding = torch.ones(1, TOKENS, dtype=torch.long)
-    if padded:
-        padding[0, 13:] = 0
-    documents = [13, TOKENS - 13] if padded else [TOKENS]
-    with masked_per_head(model, name, implementation, documents):
-        expected = logits_in_float64(model, ids, attention_mask=padding)
-    enable_shifted_attention(model, group_size=GROUP)
-    actual = logits_in_float64(model, ids, attention_mask=padding)
-    real = slice(0, 13 if padded else TOKENS)
-    assert error(actual[:, real], expected[:, real]) < TOLERANCE
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_layer_left_in_evaluation_keeps_its_stock_mask(implementation: str, padded: bool) -> None:
-    model, ids = build("llama", implementation), tokens()
-    padding = torch.ones(1, TOKENS, dtype=torch.long)
-    if padded:
-        padding[0, 13:] = 0
-    model.model.layers[0].eval()
-    documents = [13, TOKENS - 13] if padded else [TOKENS]
-    with masked_per_head(model, "llama", implementation, documents, only=(1,)):
-        expected = logits_in_float64(model, ids, attention_mask=padding)
-    handle = enable_shifted_attention(model, group_size=GROUP)
-    actual = logits_in_float64(model, ids, attention_mask=padding)
-    assert handle.calls == 1
-    assert error(actual[:, : documents[0]], expected[:, : documents[0]]) < TOLERANCE
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_images_go_through_the_stock_vision_tower(implementation: str) -> None:
-    model, ids = build("llava", implementation), tokens()
-    ids[0, 2:6] = IMAGE_TOKENS["image_token_id"]
-    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3)).double()
-    with masked_per_head(model, "llava", implementation):
-        expected = logits_in_float64(model, ids, pixel_values=pixels)
-    handle = enable_shifted_attention(model, group_size=GROUP)
-    actual = logits_in_float64(model, ids, pixel_values=pixels)
-    assert error(actual, expected) < TOLERANCE
-    assert handle.calls == 2
-    assert error(logits_in_float64(model, ids, pixel_values=2 * pixels), actual) > 1e-3
-
-
-def test_image_tokens_that_see_each_other_are_refused_not_made_causal() -> None:
-    model, ids = build("gemma3", "sdpa"), tokens()
-    ids[0, 2:6] = IMAGE_TOKENS["image_token_id"]
-    images = (ids == IMAGE_TOKENS["image_token_id"]).long()
-    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3)).double()
-    enable_shifted_attention(model, group_size=GROUP)
-    with pytest.raises(ValueError, match="needs plain causal attention"):
-        logits(model, ids, pixel_values=pixels, token_type_ids=images)
 
 
 # --- the table in the docs ------------------------------------------------------------------

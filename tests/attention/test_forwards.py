@@ -5,45 +5,23 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from attention_material import Enable
 from peft import LoraConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
-from transformers import (
-    DynamicCache,
-    GenerationMixin,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import DynamicCache, GenerationMixin
 
-from longlora_plugin.attention import (
-    ShiftedAttention,
-    enable_shifted_attention,
-    shifted_sparse_attention,
-)
+from longlora_plugin.attention import shifted_sparse_attention
 
 GROUP, TOKENS = 8, 40
 
 
-def tiny_llama(config: LlamaConfig | None = None) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = config or LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation="sdpa",
-    )
-    model = LlamaForCausalLM(config).double().train()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(3.0)
-    return model
+def tiny_llama(**config: Any) -> Any:
+    return tiny.llama(weights=3.0, **config).double()
 
 
 def packed(*lengths: int) -> torch.Tensor:
@@ -61,22 +39,6 @@ BATCHES: dict[str, dict[str, torch.Tensor]] = {
     "packed": {"input_ids": IDS, "position_ids": packed(25, 15)},
 }
 KINDS = list(BATCHES)
-
-
-@pytest.fixture
-def enable() -> Iterator[Callable[..., ShiftedAttention]]:
-    handles: list[ShiftedAttention] = []
-
-    def enable(model: Any, **options: Any) -> ShiftedAttention:
-        handles.append(enable_shifted_attention(model, **({"group_size": GROUP} | options)))
-        return handles[-1]
-
-    yield enable
-    for handle in handles:
-        handle.remove()
-
-
-Enable = Callable[..., ShiftedAttention]
 
 
 # --- what trains -----------------------------------------------------------------------------
@@ -285,7 +247,7 @@ def test_a_second_model_of_the_same_config_object_keeps_its_own_attention(
     kind: str, enable: Enable
 ) -> None:
     model, batch = tiny_llama(), BATCHES[kind]
-    other = tiny_llama(model.config)
+    other = type(model)(model.config).double().train()
     full = other(**batch).logits
     handle = enable(model)
     assert torch.equal(other(**batch).logits, full)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from longlora_plugin.attention import enable_shifted_attention
 
@@ -20,13 +20,8 @@ GPU = pytest.mark.skipif(
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, attn_implementation="sdpa",
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).double().to(DEVICE).train()
+def llama() -> Any:
+    model = tiny.llama(3).double().to(DEVICE)
     model.model.embed_tokens.requires_grad_(False)
     model.enable_input_require_grads()
     return model

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from evaluation_models import write_tiny_llama
-from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from evaluation_models import random_mistral, write_tiny_llama
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from benchmarks.experiments.longqa.likelihood import log_likelihoods
 
@@ -22,18 +22,7 @@ def tokenizer(base):
 def cached_model(request, base, tokenizer):
     if request.param == "llama":
         return LlamaForCausalLM.from_pretrained(base).eval()
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=32,
-        initializer_range=0.3,
-    )
-    return MistralForCausalLM(config).eval()
+    return random_mistral(len(tokenizer))
 
 
 def test_likelihoods_equal_whole_passes_without_cache_or_padding(cached_model, tokenizer):

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import trainer_runs
 import yaml
-from axolotl_runs import CONTEXT, TARGET, run_axolotl, train_in_process, write_recipe
+from axolotl_runs import CONTEXT, TARGET, merge_lora, run_axolotl, train_in_process, write_recipe
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -80,7 +81,10 @@ def stock_logits(trained, tokens):
 @pytest.mark.parametrize("method", ["memory_efficient", "legacy"])
 def test_merged_model_is_the_trained_one(trained, method):
     merged_dir = trained.out / "merged"
-    run_axolotl("merge-lora", trained.recipe, "--merge-method", method)
+    if method == "legacy":
+        merge_lora(trained.recipe, merge_method=method)
+    else:
+        run_axolotl("merge-lora", trained.recipe, "--merge-method", method)
     config = json.loads((merged_dir / "config.json").read_text())
     expected = json.loads((trained.out / "config.json").read_text())
     assert config["rope_parameters"] == expected["rope_parameters"]
@@ -127,7 +131,7 @@ def test_full_fine_tune_takes_the_block_without_an_adapter(tmp_path, tiny_model_
         max_steps=2,
         longlora={"rope": "linear"},
     )
-    run = run_axolotl("train", recipe, "--launcher", "python")
+    run = trainer_runs.train(recipe).ok()
     assert "shifted attention (s2): 2 layers" in run.log
     assert "beside LoRA" not in run.log
     config = AutoConfig.from_pretrained(tmp_path / "out")
@@ -179,7 +183,7 @@ def test_plugin_without_our_keys_changes_nothing(tmp_path, tiny_model_dir, tiny_
 
 
 def test_packed_rows_train_as_their_documents_alone(tmp_path, tiny_model_dir, tiny_text):
-    """What Axolotl's sample packing really passes, through the real command."""
+    """What Axolotl's sample packing really passes."""
     from transformers import LlamaForCausalLM
 
     from longlora_plugin.attention import enable_shifted_attention
@@ -193,11 +197,10 @@ def test_packed_rows_train_as_their_documents_alone(tmp_path, tiny_model_dir, ti
         data,
         plugins=["longlora_plugin.LongLoRAPlugin", "batch_recorder.BatchRecorder"],
         sample_packing=True,
-        dataset_num_proc=1,
         max_steps=1,
         longlora={"group_size": 8, "rope": "linear", "full_attention_steps": 0},
     )
-    run_axolotl("train", recipe, "--launcher", "python", BATCH_RECORD=record)
+    trainer_runs.train(recipe, env={"BATCH_RECORD": str(record)}).ok()
     batch = torch.load(record, weights_only=True)
     rows = batch["input_ids"].shape[0]
     assert len(batch["documents"]) > 2 * rows, "the rows were not packed"
@@ -205,12 +208,13 @@ def test_packed_rows_train_as_their_documents_alone(tmp_path, tiny_model_dir, ti
     # Before the first step LoRA adds nothing, so the base with the run's RoPE is the oracle.
     config = AutoConfig.from_pretrained(tmp_path / "out")
     alone = LlamaForCausalLM.from_pretrained(tiny_model_dir("plain"), config=config).train()
-    enable_shifted_attention(alone, group_size=8)
+    handle = enable_shifted_attention(alone, group_size=8)
     tokens, labels = batch["input_ids"].reshape(1, -1), batch["labels"]
     # With gradients: a pass without them uses full attention.
     logits = torch.cat(
         [alone(tokens[:, s : s + n]).logits for s, n in batch["documents"]], dim=1
     ).view(rows, -1, config.vocab_size)
+    handle.remove()
     expected = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     ).detach()

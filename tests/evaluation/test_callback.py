@@ -90,8 +90,9 @@ def own_losses(model, windows):
 
 def test_logged_figures_equal_full_attention_perplexity_by_position(base, windows, tmp_path):
     model, logged = extended(base), []
-    enable_shifted_attention(model, group_size=64)
+    handle = enable_shifted_attention(model, group_size=64)
     train(model, tmp_path, [callback(windows, logged)], steps=2)
+    handle.remove()
     measured = [figures for figures in logged if "long_context/perplexity" in figures]
     assert len(measured) == 1
     plain = extended(base)

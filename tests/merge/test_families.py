@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import move_and_save, wrapped
-from families import FAMILIES, build_family
+from families import FAMILIES
+from family_models import build_family
 from peft import PeftModel
 from transformers import AutoConfig
 

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from families import FAMILIES, UNSUPPORTED, tiny_config
+from families import FAMILIES
+from family_models import tiny_config
 from transformers import CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from unsupported_families import UNSUPPORTED
 
 from longlora_plugin.rope import (
     PRESETS,

@@ -20,6 +20,8 @@ from transformers import (
     GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -136,6 +138,22 @@ def write_tiny_llama(folder: Path) -> Path:
         initializer_range=0.3,
         tie_word_embeddings=True,
     )
+
+
+def random_mistral(vocab_size: int) -> MistralForCausalLM:
+    """With a sliding window of 32 tokens: its cache forgets."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=32,
+        initializer_range=0.3,
+    )
+    return MistralForCausalLM(config).eval()
 
 
 def write_adapter(base: Path, folder: Path) -> Path:

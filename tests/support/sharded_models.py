@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import tiny
 import torch
 import torch.distributed as dist
 from sharded_rows import Traffic, counted
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -17,18 +17,8 @@ from longlora_plugin.attention import enable_shifted_attention
 VOCABULARY = 97
 
 
-def llama(**changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "attn_implementation": "sdpa",
-    }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**{**config, **changes})).double().train()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(3.0)
-    return model
+def llama(**changes: Any) -> Any:
+    return tiny.llama(weights=3.0, **changes).double()
 
 
 def positions_of(documents: tuple[int, ...]) -> torch.Tensor:

@@ -37,6 +37,34 @@ def byte_tokenizer(text: str, special_tokens: Sequence[str], *, begins: bool = F
     )
 
 
+def llama(layers: int = 2, *, weights: float = 1.0, **config: Any) -> Any:
+    """A random Llama in training, always the same, without a tokenizer.
+
+    Args:
+        weights: factor on its matrices. Untrained, attention is nearly uniform: a wrong mask shows
+            with 3.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "attn_implementation": "sdpa",
+    }
+    model = LlamaForCausalLM(LlamaConfig(**{**shape, **config})).train()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(weights)
+    return model
+
+
 def write_llama(folder: Path, tokenizer: Any, **config: object) -> Path:
     """A random Llama of 2 layers for 64 tokens and its tokenizer, saved in `folder`."""
     import torch
@@ -73,6 +101,7 @@ def training(data: Path, prepared: Path) -> dict[str, Any]:
     return {
         "datasets": [{"path": str(data), "ds_type": "json", "type": "completion"}],
         "dataset_prepared_path": str(prepared),
+        "dataset_num_proc": 1,  # no processes, each of which would import Axolotl
         "micro_batch_size": 2,
         "gradient_accumulation_steps": 1,
         "logging_steps": 1,
