@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ class Row:
         engine, version: of the reader.
         model_type, rope: of the model.
         verdict: `equal`, `different`, or `refused`.
-        inside, beyond: perplexity over transformers 5's, for tokens 256–1023 and 1024–1535.
+        inside, beyond: perplexity over transformers 5's, for tokens 256–1023 and 1024–1535; None
+            where the engine gave no numbers.
         served_context: tokens that the engine takes as the limit by itself, where it tells.
         error: what the engine said when it refused.
     """
@@ -44,29 +46,24 @@ class Row:
     error: str | None = None
 
 
-def measure(environments: Path, engines: list[str], only: str | None) -> Iterator[Row]:
+def measure(environments: Path, engines: list[str], only: list[str] | None) -> Iterator[Row]:
     """One row for each engine and model."""
     tokens = row_of_tokens()
     with tempfile.TemporaryDirectory() as scratch:
-        models = list(make_models(Path(scratch), only or ""))
+        models = list(make_models(Path(scratch), only or [""]))
         folders = [folder for *_, folder in models]
         references = score_all("transformers-5", sys.executable, folders, tokens)
         for engine in engines:
             python = environments / engine / "bin" / "python"
-            # vLLM keeps what an engine held until its process ends.
-            step = 1 if engine == "vllm" else len(models)
-            for first in range(0, len(models), step):
-                part = slice(first, first + step)
-                answers = score_all(engine, python, folders[part], tokens)
-                for model, answer, reference in zip(
-                    models[part], answers, references[part], strict=True
-                ):
-                    yield _row(engine, *model[:2], answer, reference["scores"])
+            answers = score_all(engine, python, folders, tokens)
+            for model, answer, reference in zip(models, answers, references, strict=True):
+                yield _row(engine, *model[:2], answer, reference["scores"])
 
 
 def _row(engine: str, model_type: str, rope: str, answer: dict, reference: list) -> Row:
     if "error" in answer:
-        return Row(engine, answer["version"], model_type, rope, "refused", error=answer["error"])
+        error = answer["error"].split(", got {")[0]  # a whole `rope_scaling` comes after that
+        return Row(engine, answer["version"], model_type, rope, "refused", error=error)
     inside = perplexity_ratio(answer["scores"], reference, CONTEXT, MIDDLE)
     beyond = perplexity_ratio(answer["scores"], reference, MIDDLE, ROW - 1)
     return Row(
@@ -75,8 +72,7 @@ def _row(engine: str, model_type: str, rope: str, answer: dict, reference: list)
         model_type,
         rope,
         "equal" if is_equal(inside, beyond) else "different",
-        round(inside, 4),
-        round(beyond, 4),
+        *(round(ratio, 4) if math.isfinite(ratio) else None for ratio in (inside, beyond)),
         answer.get("served_context"),
     )
 
@@ -93,7 +89,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=__doc__)
     parser.add_argument("--environments", type=Path, default=Path(".venv-engines"))
     parser.add_argument("--engine", action="append", choices=sorted(READERS))
-    parser.add_argument("--only", help="part of a model's name, as in llama-yarn")
+    parser.add_argument(
+        "--only", action="append", help="part of a model's name, as in llama-yarn; repeatable"
+    )
     parser.add_argument("--json", type=Path, help="matrix to write; rows of other engines stay")
     arguments = parser.parse_args()
     there = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "longrope": {},
 }
 """Preset → its options; `longrope` gets factor lists of the right length."""
-TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types; `llama` is the bundled model, the others are random."""
+TYPES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "phi3": {"pad_token_id": 0, "tie_word_embeddings": False},
+    "gemma2": {"query_pre_attn_scalar": 32},
+    "gemma3_text": {"query_pre_attn_scalar": 32, "sliding_window": 512, "num_hidden_layers": 6},
+    "olmo2": {"tie_word_embeddings": False},
+}
+"""Model type → fields of its config; `llama` is the bundled model, the others are random.
+
+Layers of Gemma 3 take turns, five with a sliding window and θ of their own to one without."""
+PRESETS_OF = {"phi3": ("ntk", "theta", "longrope")}
+"""The presets of a model type that transformers does not build with every one."""
 
 
-def make_models(root: Path, only: str = "") -> Iterator[tuple[str, str, Path]]:
-    """Save each model type with each preset, or those with `only` in their folder's name.
+def make_models(root: Path, only: Sequence[str] = ("",)) -> Iterator[tuple[str, str, Path]]:
+    """Save each model type with each preset, or those with one of `only` in their folder's name.
 
     Yields:
         Model type, preset, folder.
@@ -35,7 +48,8 @@ def make_models(root: Path, only: str = "") -> Iterator[tuple[str, str, Path]]:
         model, tokenizer = _model(model_type)
         for preset, options in OPTIONS.items():
             folder = root / f"{model_type}-{preset}"
-            if only not in folder.name:
+            is_asked = any(part in folder.name for part in only)
+            if not is_asked or preset not in PRESETS_OF.get(model_type, OPTIONS):
                 continue
             if preset == "longrope":
                 pairs = model.config.hidden_size // model.config.num_attention_heads // 2
@@ -74,18 +88,20 @@ def _model(model_type: str) -> tuple[Any, Any]:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         model_type,
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.15,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        sliding_window=None,
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": CONTEXT,
+            "initializer_range": 0.15,
+            "tie_word_embeddings": True,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            **TYPES[model_type],
+        },
     )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer

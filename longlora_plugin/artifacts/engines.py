@@ -36,8 +36,8 @@ class Engine:
             read in its source.
         version: version whose source was read; None where the matrix has it.
         refuses: RoPE types that its source refuses, with the reason.
-        loses: RoPE types that it was once seen to compute wrong, with what was seen; for what the
-            matrix has no row of.
+        ignores_scaling: model types whose class there takes θ alone, as its source was read; for
+            what the matrix has no row of.
         note: what to know in any case.
     """
 
@@ -49,11 +49,13 @@ class Engine:
     measured_as: str | None = None
     version: str | None = None
     refuses: Mapping[str, str] | None = None
-    loses: Mapping[str, str] | None = None
+    ignores_scaling: frozenset[str] = frozenset()
     note: str = ""
 
 
-_NO_GGUF = {"longrope": "its GGUF loses the scaling: 3.1 times the perplexity"}
+_MLX_TAKES_THETA_ALONE = """
+cohere cohere2 dbrx gemma gemma2 gemma3n_text glm glm4 glm4_moe gpt_neox helium lfm2 lfm2_moe
+llama4_text minimax mixtral olmo phi qwen2_moe qwen3_moe recurrent_gemma stablelm starcoder2"""
 _GGUF = "python convert_hf_to_gguf.py {folder} --outfile model.gguf"
 ENGINES = (
     Engine(
@@ -76,10 +78,6 @@ ENGINES = (
         lora_command="vllm serve {base} --enable-lora --lora-modules {name}={folder} "
         "--hf-overrides '{rope}' --max-model-len {context}",
         measured_as="vllm",
-        loses={
-            "dynamic": "its table of positions ends at the original context: NaN or wrong numbers "
-            "beyond it, without an error (0.32.0)"
-        },
         note="without --max-model-len it takes another limit: factor times the maximum for linear, "
         "the original context for longrope",
     ),
@@ -94,14 +92,12 @@ ENGINES = (
         "llama.cpp",
         f"{_GGUF} && llama-server -m model.gguf -c {{context}}",
         measured_as="llama.cpp",
-        loses=_NO_GGUF,
     ),
     Engine(
         "ollama",
         f"{_GGUF} && printf 'FROM ./model.gguf\\nPARAMETER num_ctx {{context}}\\n' > Modelfile && "
         "ollama create {name} -f Modelfile",
         measured_as="llama.cpp",
-        loses=_NO_GGUF,
         note="its own import of safetensors reads neither spelling for most families: go through "
         "GGUF",
     ),
@@ -110,6 +106,7 @@ ENGINES = (
         "mlx_lm.server --model {folder}",
         reads="old",
         measured_as="mlx-lm",
+        ignores_scaling=frozenset(_MLX_TAKES_THETA_ALONE.split()),
     ),
     Engine(
         "exllamav3",
@@ -273,28 +270,36 @@ def _measured_row(engine: Engine, saved: Saved, command: str) -> EngineRow:
         return EngineRow(engine.name, "equal", engine.note, "the reference", command)
     # A preset that changes θ alone leaves the type as it was.
     rope = "theta" if saved.rope_type == "default" else saved.rope_type
-    found = matrix().get((str(engine.measured_as), saved.model_type, rope))
-    like = ""
-    if found is None:
-        found = matrix().get((str(engine.measured_as), "llama", rope))
-        like = f", for model type llama ({saved.model_type} was not tried)"
-    if found is None and saved.rope_type in (engine.loses or {}):
-        reason = (engine.loses or {})[saved.rope_type]
-        return EngineRow(engine.name, "different", reason, "seen once", None)
+    own = _row_of(engine, saved.model_type, rope)
+    if own is None and rope != "theta" and saved.model_type in engine.ignores_scaling:
+        reason = f"its class for {saved.model_type} takes θ alone: the scaling is lost, no error"
+        return EngineRow(engine.name, "different", reason, "read in its source", None)
+    found = own or _row_of(engine, "llama", rope)
     if found is None:
         reason = f"RoPE type {saved.rope_type} was not tried"
         return EngineRow(engine.name, "not tried", reason, "", command)
-    basis = f"measured in {found['version'] or engine.measured_as}{like}"
+    basis = f"measured in {found['version'] or engine.measured_as}"
+    if own is None:
+        basis += f", for model type llama ({saved.model_type} was not tried)"
     verdict = found["verdict"]
+    if verdict == "equal" and own is None:
+        reason = "right for model type llama; serve-check --run tries this folder"
+        reason += f". {engine.note}" if engine.note else ""
+        return EngineRow(engine.name, "not tried", reason, basis, command)
     if verdict == "equal":
         return EngineRow(engine.name, "equal", engine.note, basis, command)
     if verdict == "refused":
         return EngineRow(engine.name, "refused", found["error"], basis, None)
+    ratio = found["beyond"]
+    what = "no numbers" if ratio is None else f"perplexity {ratio:.2f} times that of transformers 5"
     reason = (
-        f"perplexity {found['beyond']:.2f} times that of transformers 5 beyond the base model's "
-        "context, without an error; train with rope: yarn or linear"
+        f"{what} beyond the base model's context, without an error; train with rope: yarn or linear"
     )
     return EngineRow(engine.name, "different", reason, basis, None)
+
+
+def _row_of(engine: Engine, model_type: str, rope: str) -> dict[str, Any] | None:
+    return matrix().get((str(engine.measured_as), model_type, rope))
 
 
 @functools.cache

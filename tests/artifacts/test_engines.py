@@ -11,6 +11,7 @@ from axolotl_runs import CONTEXT, TARGET, make_adapter
 from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.engines.models import OPTIONS, TYPES
 from longlora_plugin.artifacts.engines import ENGINES, describe, judge, matrix
 from longlora_plugin.artifacts.manifest import Manifest, write_manifest
 from longlora_plugin.artifacts.tokenizer import name_for_older_readers
@@ -121,14 +122,30 @@ def test_an_adapter_of_lora_alone_is_served_by_vllm_with_its_rope(tmp_path, tiny
     assert overrides["max_position_embeddings"] == config.max_position_embeddings
 
 
-def test_the_matrix_has_the_recommended_presets_in_every_engine_that_can_be_tried():
+def test_the_matrix_has_every_preset_in_every_engine_that_can_be_tried():
     engines = {engine.measured_as for engine in ENGINES if engine.measured_as} - {"transformers-5"}
+    assert {
+        (engine, "llama", preset) for engine in engines for preset in OPTIONS
+    } <= matrix().keys()
+    assert {model_type for _, model_type, _ in matrix()} == set(TYPES)
+    assert all(row["version"] for row in matrix().values())
     for engine in engines:
         for rope in ("yarn", "linear", "theta"):
-            row = matrix()[engine, "llama", rope]
-            assert row["verdict"] == "equal"
-            assert row["version"]
-    assert all(row["verdict"] in ("equal", "different", "refused") for row in matrix().values())
+            assert matrix()[engine, "llama", rope]["verdict"] == "equal"
+
+
+def of_type(folder: Path, model_type: str) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": model_type}))
+    return folder
+
+
+def test_a_model_type_that_was_not_tried_is_not_called_right(saved):
+    found = verdicts(of_type(saved(), "qwen2_moe"))
+    assert found["vllm"] == found["llama.cpp"] == found["transformers-4"] == "not tried"
+    assert found["mlx-lm"] == "different"
+    assert "takes θ alone" in reason("mlx-lm", of_type(saved(), "qwen2_moe"))
+    assert verdicts(of_type(saved("linear"), "gemma2"))["mlx-lm"] == "different"
 
 
 def test_rows_are_written_as_json(saved):

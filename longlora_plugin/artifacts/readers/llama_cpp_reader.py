@@ -8,6 +8,7 @@ transformers and gguf.
 
 import os
 import subprocess
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -19,36 +20,33 @@ from protocol import answer_all
 EVERY = 16
 """Tokens from one score to the next."""
 
-# Its list of tokenizers has not the test model's, whose text is not looked at: ids go in.
-CONVERT = """
-import runpy, sys
-from pathlib import Path
-script = Path(sys.argv[1])
-sys.path[:0] = [str(script.parent), str(script.parent / "gguf-py")]
-sys.argv = sys.argv[1:]
-from conversion.base import TextModel
-TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-runpy.run_path(str(script), run_name="__main__")
-"""
+CONVERT = Path(__file__).with_name("convert_to_gguf.py")
 
 
-def score(folder: str, row: list[int]) -> dict[str, Any]:
-    """Log-likelihoods of some of a row's tokens."""
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "model.gguf"
-        done = subprocess.run(
-            [
-                *(os.environ["LONGLORA_GGUF_PYTHON"], "-c", CONVERT),
-                *(os.environ["LONGLORA_GGUF_CONVERTER"], folder),
-                *("--outfile", str(file), "--outtype", "f32"),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"conversion: {done.stderr.strip().splitlines()[-1]}")
-        return {"scores": score_file(str(file), row)}
+def convert(folders: list[str], scratch: Path) -> dict[str, Path | str]:
+    """Each folder's GGUF file, or why there is none."""
+    files = {folder: scratch / f"{index}.gguf" for index, folder in enumerate(folders)}
+    jobs = [
+        argument
+        for folder, file in files.items()
+        for argument in (folder, "--outfile", str(file), "--outtype", "f32", "--")
+    ]
+    done = subprocess.run(
+        [
+            *(os.environ["LONGLORA_GGUF_PYTHON"], str(CONVERT)),
+            *(os.environ["LONGLORA_GGUF_CONVERTER"], *jobs),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    lines = done.stderr.strip().splitlines() or [""]
+    return {
+        folder: file
+        if file.is_file()
+        else next((line for line in lines if line.startswith(f"{folder}: ")), lines[-1])
+        for folder, file in files.items()
+    }
 
 
 def score_file(file: str, row: list[int]) -> list[float | None]:
@@ -69,14 +67,32 @@ def score_file(file: str, row: list[int]) -> list[float | None]:
                 "n_probs": 4096,
                 "temperature": 1.0,
                 "cache_prompt": True,
+                "ignore_eos": True,  # it would tell nothing; chances are those before sampling
                 "samplers": [],
             }
         )
+        if "choices" not in answer:
+            error = answer.get("error", answer)
+            raise RuntimeError(str(error.get("message", error)))
         chances = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         found = [each["logprob"] for each in chances if each["id"] == row[position]]
         scores[position - 1] = found[0] if found else None
     return scores
 
 
+def main() -> None:
+    """Convert all folders, then score them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        converted = convert(sys.argv[2::2], Path(scratch))
+
+        def score(folder: str, row: list[int]) -> dict[str, Any]:
+            file = converted[folder]
+            if isinstance(file, str):
+                raise RuntimeError(f"conversion: {file.removeprefix(f'{folder}: ')}")
+            return {"scores": score_file(str(file), row)}
+
+        answer_all(version("xllamacpp"), score)
+
+
 if __name__ == "__main__":
-    answer_all(version("xllamacpp"), score)
+    main()
