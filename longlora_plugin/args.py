@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -56,6 +56,11 @@ class LongLoRAConfig(BaseModel):
     trainable: list[str] = Field(
         default=["embeddings", "norms"],
         description="Kinds of modules trained in addition to LoRA, with `adapter: longlora` only.",
+    )
+    embeddings_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Dtype of trained embeddings in the finished adapter; `bfloat16` halves its "
+        "size. They train in float32, and checkpoints keep that.",
     )
     rope: str | dict[str, Any] = Field(
         default="auto",

@@ -184,6 +184,8 @@ class LongLoRAPlugin(BasePlugin):
         artifacts.watch(trainer)
         # Anew: an earlier run of this process may have failed.
         self._finish = [partial(_close, cfg.axolotl_config_path, artifacts), artifacts.finish]
+        if run.adapter:
+            self._finish.append(_shrink_with(run, trainer.model, base_config_of(cfg)))
         if is_main_process():
             report_data(run, trainer.train_dataset, log)
         callbacks: list[Any] = [artifacts]
@@ -262,6 +264,19 @@ def _close(recipe: str | None, artifacts: Any, folder: Path) -> None:
     log.info("%s", block, main_process_only=False)
 
 
+def _shrink_with(run: PreparedRun, model: Any, base_config: Any) -> Callable[[Path], None]:
+    import torch
+
+    from longlora_plugin.adapter.state import embedding_tables, shrink_saved_adapter
+
+    return partial(
+        shrink_saved_adapter,
+        tables=embedding_tables(model),
+        base_rows=getattr(base_config.get_text_config(), "vocab_size", 0),
+        dtype=getattr(torch, run.block.embeddings_dtype),
+    )
+
+
 def _warn(line: str) -> None:
     log.warning("LongLoRA: %s", line)
 
@@ -308,8 +323,13 @@ def _merge(cfg: Any, weights: Callable[[Path], None]) -> Path | None:
             quantization=None if by_axolotl else quantization_of_run(cfg),
             remote_code=bool(cfg.trust_remote_code),
         )
-        notes = folder.merge(source, target, weights=weights if by_axolotl else None)
-    finish(target, read_manifest(source.adapter_dir) or manifest_of(run), "merged")
+        manifest = read_manifest(source.adapter_dir) or manifest_of(run)
+        notes = folder.merge(
+            source,
+            target,
+            weights=weights if by_axolotl else None,
+            finish=lambda draft: finish(draft, manifest, "merged", called=target),
+        )
     for note in notes:
         log.info("LongLoRA merge: %s", note)
     log.info("LongLoRA merge: %s is complete and loads", target)

@@ -73,6 +73,16 @@ def methods(base: Settings) -> tuple[Row, ...]:
     )
 
 
+def adapters(base: Settings) -> tuple[Row, ...]:
+    return (
+        Row("LongLoRA (both)", base),
+        Row("LoRA r=8", replace(base, method="lora")),
+        Row("LoRA r=8 + norm", replace(base, method="lora+norm")),
+        Row("LoRA r=8, on embeddings too", replace(base, method="lora-on-embed"), ONE),
+        Row("… + norm", replace(base, method="lora-on-embed+norm"), ONE),
+    )
+
+
 def presets(base: Settings, *names: str) -> tuple[Row, ...]:
     return tuple(
         Row("theta 500000", replace(base, rope="theta", theta=5e5), ONE)
@@ -103,6 +113,11 @@ QUESTIONS = (
         "methods",
         "What is trained (Table 2), linear RoPE, S² with the last 10 % full",
         methods(replace(PAPER, finish=0.1)),
+    ),
+    Question(
+        "adapters",
+        "Smaller adapters, linear RoPE, S² with the last 10 % full",
+        adapters(replace(PAPER, finish=0.1)),
     ),
     Question(
         "retrieval",

@@ -65,7 +65,9 @@ def columns_of(question: Question) -> list[Column]:
         columns.append(("found over 1024 back, %", _measured(figures.retrieved_far), 0))
     if question.name in ("attention", "groups"):
         columns.append(("evaluated sparse", _measured(figures.evaluated_sparse), 2))
-    if question.name in ("methods", "rates"):
+    if question.name == "adapters":
+        columns.append(("adapter, MB", _measured(lambda m: 4 * m["trainable_parameters"] / 1e6), 2))
+    elif question.name in ("methods", "rates"):
         columns.append(("trainable, k", _measured(lambda m: m["trainable_parameters"] / 1e3), 0))
     elif settings.steps:
         columns.append(("attention's cost, %", _cost, 0))

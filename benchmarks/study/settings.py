@@ -20,7 +20,8 @@ class Settings:
 
     Attributes:
         task: `books`, plain text; `retrieval`, half of the windows with a passkey.
-        method: `longlora`, `lora`, `lora+norm`, `lora+embed` or `full` (every weight).
+        method: `longlora`, `lora`, `lora+norm`, `lora+embed`, `full` (every weight); LoRA on the
+            embeddings, too: `lora-on-embed`, `lora-on-embed+norm`.
         rank: of LoRA; alpha is twice the rank.
         attention: `s2`, `full`, `groups` (no head is shifted) or `sinks` (S²-Attn whose queries
             also see the first `sinks` tokens).

@@ -44,18 +44,21 @@ def adapt(model: Any, settings: Settings) -> Any:
     """The model with the parameters of the method trainable."""
     if settings.method == "full":
         return model
-    saved = {
-        "lora": [],
-        "lora+norm": norm_modules(model),
-        "lora+embed": embedding_modules(model),
-        "longlora": embedding_modules(model) + norm_modules(model),
+    embeddings, norms = embedding_modules(model), norm_modules(model)
+    saved, low_rank = {
+        "lora": ([], []),
+        "lora+norm": (norms, []),
+        "lora+embed": (embeddings, []),
+        "longlora": (embeddings + norms, []),
+        "lora-on-embed": ([], embeddings),
+        "lora-on-embed+norm": (norms, embeddings),
     }[settings.method]
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=2 * settings.rank,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", *shortest_names(model, low_rank)],
         modules_to_save=shortest_names(model, saved) if saved else None,
-        ensure_weight_tying="embed" in settings.method or settings.method == "longlora",
+        ensure_weight_tying=bool(saved and set(saved) >= set(embeddings)),
     )
     return get_peft_model(model, config)
 

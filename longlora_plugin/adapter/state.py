@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +138,49 @@ def match_rows(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
+def embedding_tables(model: Any) -> set[str]:
+    """Names of the embeddings and the output head of a base or PEFT model, as the base has them."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {
+        plain_name(name)
+        for name, module in model.named_modules()
+        if any(module is table for table in tables)
+    }
+
+
+def shrink_saved_adapter(
+    folder: Path, tables: Collection[str], *, base_rows: int, dtype: torch.dtype
+) -> None:
+    """Make the file of a finished adapter smaller.
+
+    PEFT saves a copy of the base model's own embeddings with LoRA on them; where these have the
+    rows that they had, the base model is enough.
+
+    Args:
+        tables: as `embedding_tables` names them.
+        base_rows: of the base model's embeddings.
+        dtype: what trained embeddings are rounded to; wider than they are leaves them.
+    """
+    from safetensors.torch import load_file
+
+    file = folder / ADAPTER_FILES[0]
+    if not file.is_file():
+        return
+    tensors = load_file(file)
+    kept = {}
+    for saved, tensor in tensors.items():
+        is_table = plain_name(saved).removesuffix(".weight") in tables and "lora_" not in saved
+        if is_table and ".base_layer." in saved and tensor.shape[0] == base_rows:
+            continue
+        narrower = is_table and dtype.itemsize < tensor.element_size()
+        kept[saved] = tensor.to(dtype) if narrower else tensor
+    if any(kept.get(saved) is not tensor for saved, tensor in tensors.items()):
+        save_adapter_state(folder, kept)
+
+
 def _rows(model: Any, tensors: Mapping[str, torch.Tensor]) -> int | None:
     """Rows of embeddings or output head in an adapter; None where it has neither."""
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = {name for name, module in model.named_modules() if any(module is t for t in tables)}
+    names = embedding_tables(model)
     for saved, tensor in tensors.items():
         for name in names:
             field = plain_name(saved).removeprefix(f"{name}.")

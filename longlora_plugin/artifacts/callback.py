@@ -61,13 +61,13 @@ class SaveArtifacts(TrainerCallback):
         finish(folder, self.manifest, "adapter" if self.manifest.adapter else "model")
 
 
-def finish(folder: Path, manifest: Manifest, kind: Kind) -> None:
+def finish(folder: Path, manifest: Manifest, kind: Kind, *, called: Path | None = None) -> None:
     """Write what a saved folder says about itself.
 
     Args:
         manifest: of a merged folder's adapter, or of the recipe where the adapter has none.
-        kind: as for `write_card`.
+        kind, called: as for `write_card`.
     """
     write_manifest(folder, manifest)
-    write_card(folder, manifest, kind)
+    write_card(folder, manifest, kind, called=called)
     name_for_older_readers(folder)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from longlora_plugin.artifacts.engines import ENGINES, describe, judge
 from longlora_plugin.artifacts.manifest import FILE, Manifest
 from longlora_plugin.checkpoints.files import write_text
 
@@ -22,14 +24,14 @@ KEPT = ("license", "license_name", "license_link", "language")
 """Metadata of the base model's card that also holds for what was made from it."""
 
 
-def write_card(folder: Path, manifest: Manifest, kind: Kind, *, name: str | None = None) -> None:
+def write_card(folder: Path, manifest: Manifest, kind: Kind, *, called: Path | None = None) -> None:
     """Write or bring up to date the model card of a folder.
 
     Args:
         folder: of the adapter or model; `README.md` in it is replaced, except for text outside of
             the markers of an earlier card of this package.
         kind: `adapter` (also a checkpoint's), `model` (fully fine-tuned) or `merged`.
-        name: title; default: the folder's name, with its parent's for `merged` and checkpoints.
+        called: what the folder will be called, where it has another name for now.
     """
     from huggingface_hub import ModelCard
 
@@ -43,7 +45,7 @@ def write_card(folder: Path, manifest: Manifest, kind: Kind, *, name: str | None
         before, after = content.split(BEGIN)[0].strip(), content.split(END)[-1].strip()
     elif kind == "merged":
         data = {key: value for key, value in data.items() if key in KEPT}
-    body = "\n".join(_body(folder, manifest, kind, name or _name(folder)))
+    body = "\n".join(_body(folder, called or folder, manifest, kind))
     parts = (before, f"{BEGIN}\n{body}\n{END}", after)
     card = ModelCard(
         f"---\n{_metadata(data, manifest, kind)}\n---\n\n"
@@ -78,13 +80,13 @@ def _metadata(data: dict[str, Any], manifest: Manifest, kind: Kind) -> str:
     return ModelCardData(**data, ignore_metadata_errors=True).to_yaml().strip()
 
 
-def _body(folder: Path, manifest: Manifest, kind: Kind, name: str) -> Iterator[str]:
+def _body(folder: Path, called: Path, manifest: Manifest, kind: Kind) -> Iterator[str]:
     what = {
         "adapter": "A LoRA adapter for",
         "model": "A fine-tuned version of",
         "merged": "A fine-tuned version (base model and adapter merged) of",
     }[kind]
-    yield f"# {name}\n"
+    yield f"# {_name(called)}\n"
     yield (
         f"{what} `{manifest.base_model}` for a context of {manifest.target_context:,} tokens, "
         f"trained with [LongLoRA](https://arxiv.org/abs/2309.12307). `{FILE}` has every setting.\n"
@@ -92,8 +94,9 @@ def _body(folder: Path, manifest: Manifest, kind: Kind, name: str) -> Iterator[s
     yield "| | |\n|---|---|"
     for key, value in _facts(manifest):
         yield f"| {key} | {value} |"
-    yield f"\n## Loading\n\n{_loading(folder, manifest, kind)}"
-    yield f"\n## Serving\n\n{_serving(folder, manifest, kind)}"
+    yield f"\n## Loading\n\n{_loading(called, manifest, kind)}"
+    yield "\n## Serving\n"
+    yield from _serving(folder, "merged" if kind == "adapter" else called.name, kind)
     if manifest.results:
         yield "\n## Results\n"
         yield from _results(manifest.results)
@@ -154,23 +157,27 @@ def _loading(folder: Path, manifest: Manifest, kind: Kind) -> str:
         "`model = longlora_plugin.load_model(adapter)`.\n\n"
         "`AutoPeftModelForCausalLM.from_pretrained`, `PeftModel.from_pretrained` on a base model "
         "loaded without that config, and `AutoModelForCausalLM.from_pretrained` with the adapter's "
-        "name use the base model's RoPE: they give no error and lose the extended context."
+        "name use the base model's RoPE: they give no error and lose the extended context "
+        "(`longlora extend-base` makes the first one right)."
     )
 
 
-def _serving(folder: Path, manifest: Manifest, kind: Kind) -> str:
-    name = "merged" if kind == "adapter" else folder.name
-    before = (
-        "Inference engines take the merged model (`axolotl merge-lora recipe.yml`); most of them "
-        "refuse or ignore trained embeddings and norms of an adapter.\n\n"
-        if kind == "adapter"
-        else ""
-    )
-    return (
-        f"{before}```bash\nvllm serve {name} --max-model-len {manifest.target_context}\n```\n\n"
-        "`axolotl longlora serve-check` has the command for each engine and says what each of them "
-        "reads."
-    )
+def _serving(folder: Path, served: str, kind: Kind) -> Iterator[str]:
+    """What serves the whole model right, and what does not."""
+    if kind == "adapter":
+        yield (
+            "Inference engines take the merged model (`axolotl merge-lora recipe.yml`); most of "
+            "them refuse or ignore trained embeddings and norms of an adapter.\n"
+        )
+    if (folder / "config.json").is_file():
+        whole = replace(describe(folder), is_adapter=False, folder=Path(served))
+        rows = [judge(engine, whole) for engine in ENGINES if "transformers" not in engine.name]
+        right = [f"# {row.engine}\n{row.command}" for row in rows if row.command]
+        yield f"```bash\n{chr(10).join(right)}\n```\n"
+        for row in rows:
+            if not row.command:
+                yield f"Not with {row.engine}: {row.reason}.\n"
+    yield "`longlora serve-check` says what each engine was tried with."
 
 
 def _results(results: list[dict[str, Any]]) -> Iterator[str]:

@@ -16,6 +16,7 @@ import click
 
 COMMANDS = {
     "import": "Original LongLoRA checkpoints to a PEFT adapter.",
+    "extend-base": "A base model's folder with a run's RoPE, for PEFT's own loaders.",
     "doctor": "What this machine and these versions support, each tried; and a recipe here.",
     "longqa": "Long-document question-answer data: build it, describe it.",
     "recipes": "Recipes to start from; check any recipe.",
@@ -26,7 +27,11 @@ COMMANDS = {
     "passkey": "Retrieval of a hidden number by length and depth.",
 }
 """Command → its line in `--help`; its module in this package has the same name."""
-MODULES = {"import": "import_original", "serve-check": "serve_check"}
+MODULES = {
+    "import": "import_original",
+    "serve-check": "serve_check",
+    "extend-base": "extend_base",
+}
 """Where a module cannot have its command's name."""
 
 

@@ -28,6 +28,7 @@ from longlora_plugin.rope.base_config import (
     text_config_of,
 )
 
+CARD = "README.md"
 OF_A_MODEL = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py", ".partial")
 """Endings of files that belong to one merged model and do not outlive it."""
 
@@ -90,12 +91,17 @@ def open_adapter(source: Source) -> adapted.AdaptedModel:
 
 
 def merge(
-    source: Source, target: Path, *, weights: Callable[[Path], None] | None = None
+    source: Source,
+    target: Path,
+    *,
+    weights: Callable[[Path], None] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> list[str]:
     """Write the merged model to `target`, in place of an earlier one; twice is the same as once.
 
     Args:
         weights: writes the merged weights to a folder instead, for bases that only Axolotl merges.
+        finish: completes the folder before it takes its place; an earlier model card is in it.
 
     Returns:
         A line for each thing a user should know.
@@ -103,11 +109,10 @@ def merge(
     Raises:
         ValueError: the adapter cannot be merged; an earlier folder stays as it was.
     """
-    trained, notes = trained_config(source.base_config, source.adapter_dir, source.recipe)
-    _check_rope(source.adapter_dir, trained)
+    trained, notes = trained_config_of(source)
     raw = read_json(source.base_dir / "config.json")
     config = config_json(raw, source.base_config, trained)
-    with _swapped_in(target) as draft:
+    with swapped_in(target) as draft:
         if weights is None:
             model = open_adapter(source)
             config |= _rows(config, model.base)
@@ -129,11 +134,33 @@ def merge(
             if "quantization_config" not in read_json(draft / "config.json"):
                 config.pop("quantization_config", None)
             _check_trained(source.adapter_dir, draft)
-        _copy_other_files(source, draft)
-        write_json(draft / "config.json", config)
-        notes += _raise_limits(source, draft)
+        copy_other_files(source, draft)
+        write_json(draft / "config.json", _with_dtype(config, StoredWeights(draft).dtype()))
+        notes += raise_limits_of_base(source, draft)
+        if finish is not None:
+            _copy_card(target, source.base_dir, draft)
+            finish(draft)
         check_loads(draft, remote_code=source.remote_code)
     return notes
+
+
+def trained_config_of(source: Source) -> tuple[Any, list[str]]:
+    """The trained model's config, and a line for each field in which the recipe disagrees.
+
+    Raises:
+        ValueError: it cannot be read, or has another RoPE than the adapter's record.
+    """
+    trained, notes = trained_config(source.base_config, source.adapter_dir, source.recipe)
+    _check_rope(source.adapter_dir, trained)
+    return trained, notes
+
+
+def _copy_card(target: Path, base_dir: Path, draft: Path) -> None:
+    """The earlier merged model's card, which may have a user's words, or the base model's."""
+    for folder in (target, base_dir):
+        if (folder / CARD).is_file():
+            shutil.copyfile(folder / CARD, draft / CARD)
+            return
 
 
 def _check_rope(adapter_dir: Path, trained: Any) -> None:
@@ -236,7 +263,19 @@ def _rows(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
     return {"vocab_size": built["vocab_size"]} if "vocab_size" in built else {}
 
 
-def _copy_other_files(source: Source, draft: Path) -> None:
+def _with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """A config that says the dtype which the weights have, in both spellings that are in use."""
+    if dtype is None:
+        return dict(config)
+    said: dict[str, Any] = {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+    said = said or {"dtype": dtype}
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and {"dtype", "torch_dtype"} & text.keys():
+        said["text_config"] = _with_dtype(text, dtype)
+    return {**config, **said}
+
+
+def copy_other_files(source: Source, draft: Path) -> None:
     """Tokenizer, templates, code and generation config: the run's, where it saved them."""
     own_tokenizer = (source.adapter_dir / "tokenizer_config.json").is_file()
     weights = {path.name for path in files_to_load(source.base_dir)}
@@ -252,7 +291,8 @@ def _copy_other_files(source: Source, draft: Path) -> None:
             shutil.copyfile(source.adapter_dir / name, draft / name)
 
 
-def _raise_limits(source: Source, draft: Path) -> list[str]:
+def raise_limits_of_base(source: Source, draft: Path) -> list[str]:
+    """Raise the limits in a folder's files that repeat a context of the base model; what was."""
     from transformers import AutoConfig
 
     trained = text_config_of(
@@ -271,7 +311,8 @@ def _raise_limits(source: Source, draft: Path) -> list[str]:
 
 
 @contextmanager
-def _swapped_in(target: Path) -> Iterator[Path]:
+def swapped_in(target: Path) -> Iterator[Path]:
+    """A folder under another name, which takes the place of `target` once the block has ended."""
     draft = target.with_name(f"{target.name}.unfinished")
     earlier = target.with_name(f"{target.name}.earlier")
     if earlier.is_dir():  # killed in the middle of a swap

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -41,6 +43,10 @@ def files_to_load(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} has no weights: neither {WHOLE} nor {BIN}, nor an index of them")
 
 
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""A name in a safetensors file → torch's."""
+
+
 class StoredWeights:
     """Tensors of a model folder, read one at a time.
 
@@ -60,6 +66,19 @@ class StoredWeights:
 
     def tensor(self, name: str) -> Any:
         return _open(self._file_of[name])[name]
+
+    def dtype(self) -> str | None:
+        """The dtype of most values in safetensors files, as torch names it; None for others."""
+        from safetensors import safe_open
+
+        values: Counter[str] = Counter()
+        for file in self.files:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="numpy") as opened:
+                    for name in opened.keys():  # noqa: SIM118  (it cannot be iterated over)
+                        part = opened.get_slice(name)
+                        values[part.get_dtype()] += math.prod(part.get_shape())
+        return DTYPES.get(values.most_common(1)[0][0]) if values else None
 
     def largest_file(self) -> int:
         """Bytes."""

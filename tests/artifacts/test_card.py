@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 
 import pytest
 from axolotl_runs import make_adapter
@@ -10,7 +12,8 @@ from huggingface_hub import ModelCard
 
 from longlora_plugin.artifacts.card import BEGIN, END, write_card
 from longlora_plugin.artifacts.load import load_model
-from longlora_plugin.artifacts.manifest import Manifest
+from longlora_plugin.artifacts.manifest import Manifest, write_manifest
+from longlora_plugin.rope.spelling import rope_fields
 
 
 @pytest.fixture
@@ -91,13 +94,30 @@ def test_a_merged_folder_does_not_keep_the_base_models_card(tmp_path, manifest):
         "---\nlicense: apache-2.0\nlanguage: en\ntags: [base-tag]\nmodel-index:\n- name: b\n"
         "---\n# base\n\nA context of 256 tokens.\n"
     )
+    write_manifest(tmp_path, manifest)
+    fields = rope_fields(manifest.rope_parameters, manifest.target_context, "llama")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
     write_card(tmp_path, manifest, "merged")
     card = ModelCard.load(tmp_path / "README.md")
     assert "256 tokens" not in card.text
     assert (card.data.license, card.data.language) == ("apache-2.0", "en")
     assert card.data.tags == ["longlora", "long-context"]
     assert card.data.library_name == "transformers"
-    assert f"--max-model-len {manifest.target_context}" in card.text
+    for limit in ("--max-model-len", "--context-length", "-c", "num_ctx"):
+        assert f"{limit} {manifest.target_context}" in card.text
+    assert "Not with" not in card.text
+
+
+def test_the_card_names_an_engine_that_would_be_wrong(tmp_path, manifest):
+    rope = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10000.0}
+    write_manifest(tmp_path, replace(manifest, rope_parameters=rope))
+    fields = rope_fields(rope, 4096, "llama")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
+    write_card(tmp_path, replace(manifest, rope_parameters=rope), "merged")
+    text = (tmp_path / "README.md").read_text()
+    assert "Not with vllm: " in text
+    assert "vllm serve" not in text
+    assert "mlx_lm.server" in text
 
 
 def test_a_second_time_only_our_part_is_replaced(tmp_path, manifest):

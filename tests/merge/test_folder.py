@@ -14,6 +14,7 @@ from adapters import move_and_save, wrapped
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from longlora_plugin.artifacts.callback import finish
 from longlora_plugin.artifacts.manifest import Manifest, write_manifest
 from longlora_plugin.merge.folder import Source, check_loads, merge
 from longlora_plugin.merge.limits import raise_limits
@@ -77,6 +78,12 @@ def source(base: Path, adapter: Path, **options: object) -> Source:
 # ---- killed ---------------------------------------------------------------------------------
 
 
+def merge_and_finish(job: Source, target: Path) -> None:
+    """A merge as the plugin runs it; the record names the adapter."""
+    record = Manifest(job.adapter_dir.name, 256, adapter="longlora")
+    merge(job, target, finish=lambda draft: finish(draft, record, "merged", called=target))
+
+
 def merge_killed_at(step: int, job: Source, target: Path) -> int:
     """Merge in a child process that dies at its `step`-th change of the file system."""
     child = os.fork()
@@ -93,7 +100,7 @@ def merge_killed_at(step: int, job: Source, target: Path) -> int:
 
         try:
             sys.addaudithook(die)
-            merge(job, target)
+            merge_and_finish(job, target)
         finally:
             os._exit(0 if left[0] > 0 else 1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -106,14 +113,16 @@ def test_merge_killed_anywhere_over_an_older_one_leaves_one_of_them_or_none(tmp_
         base, tmp_path / "newer", 0.1, rope_parameters=LINEAR, max_position_embeddings=256
     )
     target, kept = tmp_path / "merged", tmp_path / "kept"
-    merge(source(base, older), target)
+    merge_and_finish(source(base, older), target)
     assert len(list(target.glob("*.safetensors"))) > 1
     shutil.copytree(target, kept)
-    merge(source(base, newer), tmp_path / "right")
+    right = tmp_path / "other" / tmp_path.name / "merged"  # the card's title has both names
+    merge_and_finish(source(base, newer), right)
     whole = [
-        {path.name: path.read_bytes() for path in folder.iterdir()}
-        for folder in (kept, tmp_path / "right")
+        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (kept, right)
     ]
+    for folder in whole:
+        assert {"README.md", "longlora.json"} <= set(folder)
     codes, absent = [], 0
     for step in range(1, 200):
         codes.append(merge_killed_at(step, source(base, newer), target))
@@ -138,6 +147,21 @@ def test_folder_that_lacks_a_tensor_does_not_pass(tmp_path):
     (base / index["weight_map"]["model.norm.weight"]).unlink()
     with pytest.raises(ValueError, match="transformers cannot load"):
         check_loads(base)
+
+
+def test_the_card_keeps_a_users_words_and_the_bases_license(tmp_path):
+    base = base_folder(tmp_path)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# base, 64 tokens\n")
+    job = source(base, adapter_folder(base, tmp_path / "adapter"))
+    merge_and_finish(job, tmp_path / "merged")
+    card = tmp_path / "merged" / "README.md"
+    first = card.read_text()
+    assert "license: apache-2.0" in first
+    assert "base, 64 tokens" not in first
+    assert "unfinished" not in first
+    card.write_text(f"{first}\nMy words.\n")
+    merge_and_finish(job, tmp_path / "merged")
+    assert card.read_text().endswith("My words.\n")
 
 
 # ---- the run's config -----------------------------------------------------------------------
