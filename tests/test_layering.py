@@ -56,7 +56,7 @@ ALLOWED = {
     "merge": "adapter artifacts checkpoints rope",
     "plan": "adapter args attention registry run",
     "plugin": "adapter args artifacts attention evaluation host merge rope run",
-    "recipes": "args evaluation hookspecs host plan registry run",
+    "recipes": "args artifacts evaluation hookspecs host plan registry run",
     "registry": "attention hookspecs",
     "rope": "hookspecs registry",
     "run": "adapter args artifacts attention checkpoints registry rope",

@@ -111,10 +111,48 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         ) from None
 
 
+def find_manifest(name: str) -> Manifest:
+    """The manifest of a folder, or of a model on the Hugging Face hub.
+
+    Raises:
+        ValueError: there is neither, or it has no `longlora.json`.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = _download(name)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ValueError(
+            f"{name} has no {FILE}; give a folder that training or merging with longlora-plugin "
+            "wrote, or a model on the hub that was uploaded from one"
+        )
+    return manifest
+
+
+def _download(name: str) -> Path:
+    """A folder with the manifest of a model on the hub, where it has one."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, FILE)).parent
+    except LocalEntryNotFoundError:
+        reason = "the Hugging Face hub cannot be reached, or HF_HUB_OFFLINE is set"
+    except EntryNotFoundError:
+        return Path(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+    raise ValueError(f"there is no folder {name}, and no model of that name was found: {reason}")
+
+
 def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe as plain JSON types, without keys that hold secrets."""
+    """A recipe as plain JSON types, without secrets and without the place of its file."""
     plain = json.loads(json.dumps(dict(recipe), default=str))
-    return {key: value for key, value in plain.items() if not SECRET.search(key)}
+    return {
+        key: value
+        for key, value in plain.items()
+        if key != "axolotl_config_path" and not SECRET.search(key)
+    }
 
 
 def digest(recipe: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ class Measuring:
     sources: list[ModelSource]
     processes: Processes
     out: Output
+    card: Path | None
 
     @classmethod
     def start(cls, path: Path, choice: ModelChoice, files: Files) -> Measuring:
@@ -36,11 +37,15 @@ class Measuring:
         """
         from transformers.utils import logging
 
+        from longlora_plugin.artifacts.results import check_has_card
         from longlora_plugin.evaluation.models import model_sources
         from longlora_plugin.evaluation.processes import Processes
         from longlora_plugin.run.recipe import read_recipe
 
         recipe = read_recipe(path)
+        card = Path(choice.adapter or recipe.output_dir) if files.card else None
+        if card is not None:
+            check_has_card(card)
         processes = Processes.here()
         out = Output(files.json, files.plot, quiet=not processes.main)
         labels = [
@@ -58,7 +63,7 @@ class Measuring:
         logging.disable_progress_bar()
         for note in dict.fromkeys(note for source in sources for note in source.notes):
             out.note(note)
-        return cls(recipe, sources, processes, out)
+        return cls(recipe, sources, processes, out, card)
 
     @cached_property
     def base_context(self) -> int:
@@ -88,6 +93,8 @@ class Measuring:
 
     def sweep(self, experiment: Experiment) -> list[Row]:
         """All rows of an experiment; with `--json -` they are printed."""
+        from longlora_plugin.artifacts.results import add_results
+        from longlora_plugin.evaluation.hub_results import trained_rows
         from longlora_plugin.evaluation.sweep import Listener, sweep
         from longlora_plugin.run.loading import choose_dtype
 
@@ -102,4 +109,7 @@ class Measuring:
             )
         if self.out.is_piped:
             self.out.write_json(rows)
+        if self.card is not None and self.processes.main:
+            for path in add_results(self.card, trained_rows(rows)):
+                self.out.note(f"results are on the card {path}")
         return rows

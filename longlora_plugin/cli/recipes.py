@@ -59,7 +59,14 @@ def show(name: str) -> None:
 
 
 @command.command()
-@click.argument("name")
+@click.argument("name", required=False)
+@click.option(
+    "--from",
+    "run",
+    metavar="RUN",
+    help="Start from what somebody trained: a folder of a run or merged model, or a model on the "
+    "Hugging Face hub, that has a longlora.json.",
+)
 @click.option(
     "--set",
     "settings",
@@ -69,20 +76,30 @@ def show(name: str) -> None:
 )
 @click.option("--output", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--force", is_flag=True, help="Overwrite FILE.")
-def init(name: str, settings: tuple[str, ...], output: Path | None, force: bool) -> None:
+def init(
+    name: str | None, run: str | None, settings: tuple[str, ...], output: Path | None, force: bool
+) -> None:
     """Write recipe NAME to a file of your own (NAME.yml), its comments kept."""
-    from longlora_plugin.recipes.start import start_from
+    from longlora_plugin.recipes.start import start_from, start_from_run
 
-    source = _path_of(name)
-    target = output or Path(f"{name}.yml")
+    if (name is None) == (run is None):
+        raise click.UsageError("write the NAME of a listed recipe, or --from RUN")
+    source = None if name is None else _path_of(name)
+    target = output or Path(f"{name or Path(str(run)).resolve().name}.yml")
     if target.exists() and not force:
         raise click.UsageError(f"{target} exists; write --force, or another --output")
     try:
-        written = start_from(source, target, list(settings))
+        if source is None:
+            left_out = start_from_run(str(run), target, list(settings))
+            written = [target]
+        else:
+            left_out, written = [], start_from(source, target, list(settings))
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     for path in written:
         click.echo(f"wrote {path}")
+    if left_out:
+        click.echo(f"left out, of that run alone: {', '.join(left_out)}")
     click.echo(f"next: axolotl longlora recipes check {target}")
 
 

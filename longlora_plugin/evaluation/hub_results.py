@@ -21,6 +21,13 @@ DATASETS = {
 """Beginning of a task's name → the benchmark's name on the hub."""
 
 
+def trained_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows of what the recipe trained; [] where they are of other models only."""
+    labels = labels_of(rows)
+    label = next((name for name in (ADAPTER, TRAINED, MERGED) if name in labels), None)
+    return [row for row in rows if row["model"] == label]
+
+
 def write_eval_results(rows: Sequence[Row], folder: Path) -> Path:
     """Write the scores of what was trained, or of the last model where nothing was.
 
@@ -30,12 +37,8 @@ def write_eval_results(rows: Sequence[Row], folder: Path) -> Path:
     import yaml
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
-    labels = labels_of(rows)
-    label = next((name for name in (ADAPTER, TRAINED, MERGED) if name in labels), labels[-1])
     entries = []
-    for row in rows:
-        if row["model"] != label:
-            continue
+    for row in trained_rows(rows) or [row for row in rows if row["model"] == labels_of(rows)[-1]]:
         task = row["task"]
         dataset = next((name for start, name in DATASETS.items() if task.startswith(start)), task)
         limit = f", first {row['limit']} examples" if row["limit"] else ""

@@ -61,6 +61,9 @@ class Files:
         metavar="FILE",
     )
     plot: str | None = option(None, "Draw the result.", metavar="FILE.png")
+    card: bool = option(
+        False, "Put the trained model's figures on the model cards of the run and its merged model."
+    )
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from axolotl_runs import CONTEXT, merge_lora
+from hub import put_on_hub
 from huggingface_hub import ModelCard
-from trainer_runs import Run, train, write_recipe
+from trainer_runs import Run, adapter, train, write_recipe
 
 from longlora_plugin.artifacts.load import load_model
 from longlora_plugin.artifacts.manifest import Manifest, read_manifest
 
 pytestmark = pytest.mark.e2e
 
-KEYS = {"longlora": {"rope": "yarn", "full_attention_steps": 2}}
+BLOCK = {"rope": "yarn", "full_attention_steps": 2}
+KEYS = {"longlora": {**BLOCK, "embeddings_dtype": "bfloat16"}}
 CARD_WORDS_OF_OTHERS = ("trained from scratch", "More Information Needed", "Model ID")
 
 
@@ -65,6 +69,76 @@ def test_a_saved_folder_says_what_was_trained(run, base, where, steps, full):
     assert ModelCard(text).data.tags[:2] == ["longlora", "long-context"]
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_embeddings_are_rounded_in_the_finished_adapter_only(run):
+    def dtypes(folder: Path) -> dict[str, torch.dtype]:
+        return {name: tensor.dtype for name, tensor in adapter(folder).items()}
+
+    assert set(dtypes(run.output_dir / "checkpoint-6").values()) == {torch.float32}
+    for name, dtype in dtypes(run.output_dir).items():
+        is_table = "embed_tokens" in name or "lm_head" in name
+        assert dtype == (torch.bfloat16 if is_table else torch.float32), name
+
+
+def test_lora_on_embeddings_trains_and_is_small_enough_to_serve(tmp_path, base, tiny_dataset):
+    keys = {
+        "longlora": {**BLOCK, "trainable": []},
+        "lora_target_modules": ["q_proj", "v_proj", "embed_tokens"],
+        "max_steps": 2,
+    }
+    recipe = write_recipe(tmp_path, base, tiny_dataset, keys)
+    run = train(recipe).ok()
+    assert all("lora_" in name for name in run.adapter)
+    moved = run.adapter["base_model.model.model.embed_tokens.lora_embedding_B"]
+    assert moved.abs().max() > 0
+    saved = json.loads((run.output_dir / "adapter_config.json").read_text())
+    assert not saved["modules_to_save"]  # what vLLM asks for
+    merged = merge_lora(recipe)
+    tokens = torch.arange(3, 103)[None]
+    with torch.no_grad():
+        lora, whole = (
+            load_model(folder, dtype=torch.float32)(tokens).logits
+            for folder in (run.output_dir, merged)
+        )
+    torch.testing.assert_close(whole, lora, atol=0.05, rtol=0.05)
+
+
+def test_a_stranger_loads_what_was_uploaded_as_the_page_says(run, recipe, tmp_path, monkeypatch):
+    recipe_file = recipe()
+    merge_lora(recipe_file)
+    out = tmp_path / "out"
+    page = (Path(__file__).parents[2] / "docs/howto/share.md").read_text()
+    upload = re.search(r"hf upload \S+ outputs/run \\\n(.*)\n", page)
+    assert upload
+    excluded = shlex.split(upload[1].replace("--exclude", ""))
+    put_on_hub(out, "me/adapter", tmp_path / "hub", monkeypatch, excluded)
+    put_on_hub(out / "merged", "me/merged", tmp_path / "hub", monkeypatch)
+    uploaded = {path.name for path in (tmp_path / "hub").glob("models--me--adapter/snapshots/*/*")}
+    assert "checkpoint-3" not in uploaded
+    assert "merged" not in uploaded
+    tokens = torch.arange(3, 103)[None]
+    monkeypatch.chdir(tmp_path)
+    with torch.no_grad():
+        expected = load_model(out, dtype=torch.float32)(tokens).logits
+        for name in ("me/adapter", "me/merged"):
+            found = load_model(name, dtype=torch.float32)(tokens).logits
+            torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+            model = model_of_the_cards_code(name, tmp_path / "hub").eval()
+            assert model.config.rope_parameters["rope_type"] == "yarn"
+            # In bf16, as the run computed: single logits differ, RoPE would move all of them.
+            assert (model(tokens).logits.float() - expected).abs().mean() < 0.05
+
+
+def model_of_the_cards_code(name: str, hub: Path):
+    (card,) = hub.glob(f"models--{name.replace('/', '--')}/snapshots/*/README.md")
+    code = re.search(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
+    assert code
+    folder = re.search(r'"(out|merged)"', code[1])
+    assert folder
+    names: dict = {}
+    exec(code[1].replace(folder[0], f'"{name}"'), names)  # "or its name on the hub"
+    return names["model"]
 
 
 def test_a_merged_folder_says_it_too_and_loads_as_the_adapter_does(recipe, tmp_path):
