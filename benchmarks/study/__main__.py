@@ -16,7 +16,14 @@ from pathlib import Path
 import click
 
 from benchmarks.study.plan import runs
-from benchmarks.study.worker import base_model, books_of, file_of, work, write
+from benchmarks.study.worker import (
+    base_model,
+    books_of,
+    file_of,
+    torch_on_one_thread,
+    work,
+    write,
+)
 
 
 @click.group(help=__doc__)
@@ -58,11 +65,13 @@ def run(
     rows.mkdir(parents=True, exist_ok=True)
     wanted = [settings for settings in runs(quick=quick) if only in settings.key]
     missing = [settings for settings in wanted if not file_of(rows, settings).exists()]
-    if any(settings.task == "retrieval" for settings in missing):
-        base_model("retrieval", out, text)  # before the processes start: it is made once
     until = None if minutes is None else time.monotonic() + 60 * minutes
+    spawn = multiprocessing.get_context("spawn")
+    tasks = sorted({settings.task for settings in missing})
+    with spawn.Pool(processes, torch_on_one_thread) as pool:  # first, so that each is made once
+        pool.starmap(base_model, [(task, out, text) for task in tasks])
     workers = [
-        multiprocessing.get_context("spawn").Process(target=work, args=(missing, out, text, until))
+        spawn.Process(target=work, args=(missing, out, text, until))
         for _ in range(min(processes, len(missing)))
     ]
     for worker in workers:

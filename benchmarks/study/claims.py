@@ -21,6 +21,7 @@ from benchmarks.study.results import (
     at_step,
     evaluated_sparse,
     perplexity,
+    recalled,
     retrieved,
     retrieved_far,
 )
@@ -137,6 +138,7 @@ FULL, S2, GROUPS = (
 )
 TENTH = ("remedy-linear", "S², last 10% full")
 BOTH = ("methods", "LongLoRA (both)")
+X32_FULL, X32_S2 = ("x32", "full attention"), ("x32", "S²")
 
 CLAIMS = (
     Claim(
@@ -310,6 +312,55 @@ CLAIMS = (
         ("retrieval", "full attention"),
         ("retrieval", "S², last 25% full"),
         retrieved_far,
+        equal=True,
+        unit="points",
+    ),
+    Claim(
+        "×32: without training YaRN fails, last half: untrained against full attention",
+        "not in the paper",
+        ("x32", "YaRN, untrained"),
+        X32_FULL,
+        at("last"),
+    ),
+    Claim(
+        "×32: S² trains as well as full attention, last half",
+        "8.08 against 8.04 at 32k, ×8 (Table 1)",
+        X32_S2,
+        X32_FULL,
+        at("last"),
+        equal=True,
+    ),
+    Claim(
+        "… and finds as many facts: full attention against S²",
+        "approximate attention falls behind on retrieval (arXiv 2409.12181)",
+        X32_FULL,
+        X32_S2,
+        recalled("all"),
+        equal=True,
+        unit="points",
+    ),
+    Claim(
+        "… and with the last 25 % full",
+        "not in the paper",
+        X32_FULL,
+        ("x32", "S², last 25% full"),
+        recalled("all"),
+        equal=True,
+        unit="points",
+    ),
+    Claim(
+        "×32: groups without shift are worse than S²",
+        "9.47 against 8.08 at 32k, +17 % (Table 1)",
+        ("x32", "groups, no shift"),
+        X32_S2,
+        perplexity,
+    ),
+    Claim(
+        "×32: rows of 512 with skipped positions (PoSE) find as many facts as full attention",
+        "128k from rows of 2k (arXiv 2309.10400)",
+        X32_FULL,
+        ("x32-rivals", "PoSE, rows of 512"),
+        recalled("all"),
         equal=True,
         unit="points",
     ),

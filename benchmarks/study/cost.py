@@ -22,9 +22,14 @@ def sparse_share(settings: Settings) -> float:
 
 
 def attention_cost(settings: Settings, full_steps: int) -> float:
-    """Mean over the run's steps and layers; `full_steps` of them use full attention."""
+    """Mean over the run's steps and layers; `full_steps` of them use full attention.
+
+    Short rows do too, and hold as many tokens a step.
+    """
     sparse = sparse_share(settings)
     full_layers = len(settings.full_layers) / LAYERS
     of_sparse_step = full_layers + (1 - full_layers) * sparse
     full = full_steps / settings.steps
-    return full + (1 - full) * of_sparse_step
+    long = full + (1 - full) * of_sparse_step
+    short = settings.short_steps / settings.steps
+    return short * (settings.short_rows + 1) / (settings.target + 1) + (1 - short) * long

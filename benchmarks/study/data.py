@@ -146,7 +146,7 @@ class Books:
 
     train: list[Tensor]
     held_out: list[Tensor]
-    alphabet: Alphabet
+    alphabet: Alphabet | None = None
 
     @classmethod
     def read(cls, tokenizer: Any, text_dir: Path) -> Books:

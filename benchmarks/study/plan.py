@@ -15,6 +15,8 @@ LATE = (
     *(("four-times", label) for label in ("full attention", "S²", "S², last 10% full")),
     *(("presets", label) for label in ("dynamic", "none")),
     ("steps", "full attention"),
+    *(("x32-methods", f"LoRA r=8{more}") for more in ("", " + norm", " + embed")),
+    ("x32-methods", "LongLoRA, linear"),
 )
 """(question, label) of rows that are made last."""
 
@@ -22,6 +24,7 @@ MAIN = Settings(finish=0.1)
 PAPER = Settings(rope="linear")
 RETRIEVAL = Settings(task="retrieval")
 HARD = replace(RETRIEVAL, rope="linear")
+X32 = Settings(task="recall", steps=60, tokens_a_step=2048)
 UNTRAINED = Settings(attention="full", steps=0)
 
 
@@ -94,7 +97,46 @@ def presets(base: Settings, *names: str) -> tuple[Row, ...]:
 
 SHARES = {0.02: ONE, 0.05: ONE, 0.1: SEEDS, 0.25: ONE}
 
+X32_ROWS = (
+    Row("YaRN, untrained", replace(X32, attention="full", steps=0), ONE),
+    Row("full attention", replace(X32, attention="full")),
+    Row("S²", X32),
+    *finishing(X32, {0.1: SEEDS, 0.25: SEEDS, 0.05: ONE}),
+    Row("groups, no shift", replace(X32, attention="groups")),
+)
+
+X32_RIVALS = (
+    Row(
+        "PoSE, rows of 512",
+        replace(X32, attention="full", short_share=1.0, skipped=True),
+    ),
+    Row(
+        "rows of 512, last 25% long",
+        replace(X32, attention="full", short_share=0.75),
+    ),
+    Row(
+        "PoSE, rows of 512, last 25% long",
+        replace(X32, attention="full", short_share=0.75, skipped=True),
+        ONE,
+    ),
+    Row("S², random 25% full", replace(X32, random_full=0.25), ONE),
+    Row("S² with 256 sink tokens", replace(X32, attention="sinks", sinks=256), ONE),
+    Row("S², first layer full", replace(X32, full_layers=(0,)), ONE),
+    Row("S², last layer full", replace(X32, full_layers=(3,)), ONE),
+)
+
+X32_METHODS = (
+    Row("LoRA r=8", replace(X32, finish=0.1, method="lora"), ONE),
+    Row("LoRA r=8 + norm", replace(X32, finish=0.1, method="lora+norm"), ONE),
+    Row("LoRA r=8 + embed", replace(X32, finish=0.1, method="lora+embed"), ONE),
+    Row("LongLoRA (both)", replace(X32, finish=0.1)),
+    Row("LongLoRA, linear", replace(X32, finish=0.1, rope="linear"), ONE),
+)
+
 QUESTIONS = (
+    Question("x32", "×32 from 64 bytes, YaRN", X32_ROWS),
+    Question("x32-rivals", "×32: rivals at about the cost of S² with a full finish", X32_RIVALS),
+    Question("x32-methods", "×32: what is trained, and RoPE, S², last 10 % full", X32_METHODS),
     Question(
         "remedy-yarn",
         "Finishing with full attention, YaRN",

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study import results as figures
+from benchmarks.study import rivals
 from benchmarks.study.claims import CLAIMS, difference
 from benchmarks.study.plan import QUESTIONS, Question, Row
+from benchmarks.study.recall import VALUES
 from benchmarks.study.results import Results, Value
 from longlora_plugin.evaluation.plots import log_ticks
 
@@ -33,7 +35,9 @@ class Table:
         return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
+NEAR = "×32: who comes near full attention?"
 RETRIEVAL_LENGTHS = (256, 512, 1024, 2048)
+RECALL_COLUMNS = (("", "all"), ("256–512 back", "256-512"), ("over 1024 back", "1024-2048"))
 
 Column = tuple[str, Callable[[Results, Row], Value | None], int]
 """Header, figure, digits."""
@@ -51,7 +55,9 @@ def columns_of(question: Question) -> list[Column]:
         return [(f"{step} steps", _measured(figures.at_step(step)), 2) for step in steps]
     columns: list[Column] = [
         ("perplexity", _measured(figures.perplexity), 2),
-        ("at 0–256", _measured(figures.at("first")), 2),
+        ("in rows of 64", _measured(figures.short), 2)
+        if settings.task == "recall"
+        else ("at 0–256", _measured(figures.at("first")), 2),
         (f"at {settings.target // 2}–{settings.target}", _measured(figures.at("last")), 2),
     ]
     full = next((row for row in question.rows if row.label == "full attention"), None)
@@ -63,6 +69,11 @@ def columns_of(question: Question) -> list[Column]:
             for length in RETRIEVAL_LENGTHS
         ]
         columns.append(("found over 1024 back, %", _measured(figures.retrieved_far), 0))
+    if settings.task == "recall":
+        columns += [
+            (f"facts recalled {where}, %", _measured(figures.recalled(name)), 0)
+            for where, name in RECALL_COLUMNS
+        ]
     if question.name in ("attention", "groups"):
         columns.append(("evaluated sparse", _measured(figures.evaluated_sparse), 2))
     if question.name == "adapters":
@@ -129,8 +140,9 @@ def plot(question: Question, results: Results, path: Path) -> None:
 
     rows = [row for row in question.rows if results.of(row)]
     figure, axes = plt.subplots(figsize=(8.5, 4), layout="constrained")
-    retrieval = rows[0].settings.task == "retrieval"
-    draw = _draw_lengths if retrieval else _draw_positions
+    draw = {"retrieval": _draw_lengths, "recall": _draw_distances}.get(
+        rows[0].settings.task, _draw_positions
+    )
     if question.name == "steps":
         draw = _draw_steps
     draw(axes, rows, results)
@@ -157,6 +169,16 @@ def _draw_lengths(axes: Any, rows: Sequence[Row], results: Results) -> None:
     axes.axhline(10, color="grey", linestyle=":", label="by luck")
     axes.set_xlabel("length of the window, tokens")
     axes.set_ylabel("digits of the passkey found, %")
+
+
+def _draw_distances(axes: Any, rows: Sequence[Row], results: Results) -> None:
+    for row in rows:
+        distances = list(next(iter(results.of(row).values()))["recall"]["by_distance"])
+        values = [results.value(row, figures.recalled(distance)) for distance in distances]
+        _draw_line(axes, row.label, distances, values)
+    axes.axhline(100 / VALUES, color="grey", linestyle=":", label="by luck")
+    axes.set_xlabel("how far back the fact stands, bytes")
+    axes.set_ylabel("facts recalled, %")
 
 
 def _draw_steps(axes: Any, rows: Sequence[Row], results: Results) -> None:
@@ -196,6 +218,10 @@ def write_page(results: Results, folder: Path) -> Path:
         image = f"study-{question.name}.png"
         plot(question, results, folder / image)
         parts += [f"## {question.title}", table.markdown(), f"![{question.title}]({image})"]
+    near = rivals.lines(results)
+    if near:
+        where = next(i for i, part in enumerate(parts) if part.startswith("## ×32"))
+        parts[where:where] = [f"## {NEAR}", Table(rivals.HEADER, near).markdown()]
     if results.timing:
         parts += ["## Time", _time_text(results.timing)]
     if results.missing():

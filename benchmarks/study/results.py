@@ -13,6 +13,9 @@ from benchmarks.study.cost import attention_cost
 from benchmarks.study.plan import QUESTIONS, Question, Row
 from benchmarks.study.settings import Settings
 
+BYTES_A_TOKEN = 437360 / 154416
+"""Of the held-out books in the bundled tokenizer."""
+
 Measured = dict[str, Any]
 """One run's JSON file."""
 
@@ -81,8 +84,14 @@ class Results:
         return len(wanted - set(self.rows))
 
 
+def a_token(measured: Measured, perplexity: float) -> float:
+    """Perplexity a token of the bundled tokenizer, also where the text was read as bytes."""
+    bytes_ = measured["settings"]["task"] == "recall"
+    return float(perplexity) ** (BYTES_A_TOKEN if bytes_ else 1)
+
+
 def perplexity(measured: Measured) -> float:
-    return float(measured["perplexity"])
+    return a_token(measured, measured["perplexity"])
 
 
 def at(bucket: str) -> Callable[[Measured], float]:
@@ -92,7 +101,7 @@ def at(bucket: str) -> Callable[[Measured], float]:
         by_position = measured["by_position"]
         names = list(by_position)
         name = {"first": names[0], "last": names[-1]}.get(bucket, bucket)
-        return float(by_position[name])
+        return a_token(measured, by_position[name])
 
     return figure
 
@@ -110,6 +119,23 @@ def retrieved(length: int) -> Callable[[Measured], float]:
 def retrieved_far(measured: Measured) -> float:
     """Share of the digits found more than half the target length back, in percent."""
     return 100 * float(measured["retrieval"]["far"])
+
+
+def short(measured: Measured) -> float:
+    """Perplexity in windows of the base model's own context, where ×32 was measured."""
+    return a_token(measured, measured["short"]["perplexity"])
+
+
+def recalled(distance: str) -> Callable[[Measured], float]:
+    """Share of the facts recalled in the longest windows, in percent, by distance or of `all`."""
+
+    def figure(measured: Measured) -> float:
+        found = measured["recall"]
+        if distance == "all":
+            return 100 * float(list(found["within"].values())[-1])
+        return 100 * float(found["by_distance"][distance])
+
+    return figure
 
 
 def at_step(step: int) -> Callable[[Measured], float]:

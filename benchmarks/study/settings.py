@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
-ORIGINAL_CONTEXT = 256
-"""Tokens the bundled model was pretrained on."""
+BASE_CONTEXT = {"books": 256, "retrieval": 256, "recall": 64}
+"""Tokens that the base model of a task was pre-trained on."""
 
-
-TEST_VERSION = {"books": "", "retrieval": "#2"}
+TEST_VERSION = {"books": "", "retrieval": "#2", "recall": ""}
 """Changes with how a task is trained for or measured, so that older runs of it are made again."""
+
+LATER = ("short_share", "short_rows", "skipped")
+"""Settings that came after the first runs: they are part of a name only where they are used."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Settings:
     """One run. The defaults are those of the main rows.
 
     Attributes:
-        task: `books`, plain text; `retrieval`, half of the windows with a passkey.
+        task: `books`, plain text; `retrieval`, half of the windows with a passkey; `recall`, facts
+            in all of them, ×32 from a base model of 64 tokens.
         method: `longlora`, `lora`, `lora+norm`, `lora+embed`, `full` (every weight); LoRA on the
             embeddings, too: `lora-on-embed`, `lora-on-embed+norm`.
         rank: of LoRA; alpha is twice the rank.
@@ -34,6 +37,9 @@ class Settings:
         steps: optimizer steps of `batch` windows; 4096 tokens a step unless said otherwise.
         watch: steps at which to measure beside the last one.
         seed: of LoRA's initialisation, of the order of the windows and of what is planted.
+        short_share: share of the steps, the first ones, on rows of `short_rows` tokens, as many
+            tokens a step as the others.
+        skipped: the positions of short rows leave out a random stretch, as PoSE has it.
     """
 
     task: str = "books"
@@ -53,10 +59,13 @@ class Settings:
     learning_rate: float = 1e-3
     watch: tuple[int, ...] = ()
     seed: int = 0
+    short_share: float = 0.0
+    short_rows: int = 512
+    skipped: bool = False
 
     @property
-    def batch(self) -> int:
-        return self.tokens_a_step // self.target
+    def short_steps(self) -> int:
+        return round(self.short_share * self.steps)
 
     @property
     def finishing_steps(self) -> int:
@@ -65,7 +74,9 @@ class Settings:
     @property
     def key(self) -> str:
         """Name of the run's file: readable, and different for different settings."""
-        text = json.dumps(asdict(self), sort_keys=True) + TEST_VERSION[self.task]
+        plain = {f.name: f.default for f in fields(self) if f.name in LATER}
+        used = {k: v for k, v in asdict(self).items() if k not in plain or v != plain[k]}
+        text = json.dumps(used, sort_keys=True) + TEST_VERSION[self.task]
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return f"{self.task}-{self.method}-{self.attention}-{self.rope}-{self.seed}-{digest}"
 

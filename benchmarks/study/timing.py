@@ -23,7 +23,7 @@ def alternate(model_dir: Path, books: Books) -> dict[str, Any]:
     model = adapt(load(model_dir, settings), settings)
     attention = Attention(model, settings)
     optimizer = optimizer_of(model, settings)
-    ids = books.held_out_windows(settings.target, settings.batch)
+    ids = books.held_out_windows(settings.target, settings.tokens_a_step // settings.target)
     seconds: dict[str, list[float]] = {"s2": [], "full": []}
     for round_ in range(ROUNDS + 1):
         for kind, of_kind in seconds.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from benchmarks.study import measure
+from benchmarks.study import measure, recall
 from benchmarks.study.data import Books, book_batches, plant
 from benchmarks.study.settings import Settings
 from benchmarks.study.sinks import attend_with_sinks
@@ -27,6 +28,10 @@ from longlora_plugin.attention import AttentionPattern, enable_shifted_attention
 from longlora_plugin.rope import apply_rope, resolve_rope
 
 WARMUP_STEPS = 10
+PLANT = {
+    "retrieval": lambda windows, books, generator: plant(windows, books.alphabet, generator),
+    "recall": lambda windows, books, generator: recall.plant(windows, generator),
+}
 GROUPS_WITHOUT_SHIFT = AttentionPattern("groups", lambda heads, group_size: [0] * heads)
 
 
@@ -130,8 +135,7 @@ def _train_and_measure(
 ) -> dict[str, Any]:
     optimizer = optimizer_of(model, settings)
     full_steps = full_attention_steps(settings)
-    batches = book_batches(books.train, settings.target, settings.batch, settings.seed)
-    planter = torch.Generator().manual_seed(settings.seed + 1)
+    rows = rows_of(settings, books)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     losses: list[float] = []
     watched: dict[int, Any] = {}
@@ -143,17 +147,13 @@ def _train_and_measure(
     for step in range(settings.steps):
         if step in settings.watch:
             watched[step] = look(measure.QUICK_WINDOWS)
-        ids = labels = next(batches)
-        if settings.task == "retrieval":
-            half = len(ids) // 2
-            asked, answers = plant(ids[:half], books.alphabet, planter)
-            ids, labels = torch.cat([asked, ids[half:]]), torch.cat([answers, labels[half:]])
+        batch = next(rows)
         sparse = step not in full_steps
         attention.train(sparse=sparse)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS)
         started = time.perf_counter()
-        losses.append(step_of(model, optimizer, ids, labels))
+        losses.append(step_of(model, optimizer, **batch, bf16=settings.task != "recall"))
         seconds[sparse].append(time.perf_counter() - started)
     sparse_layers = len(attention.sparse_layers) if settings.attention != "full" else 0
     _check_it_engaged(attention, settings, full_steps)
@@ -180,6 +180,34 @@ def _train_and_measure(
     return row
 
 
+def rows_of(settings: Settings, books: Books) -> Iterator[dict[str, Tensor]]:
+    """What each step trains on: ids, labels and, for skipped positions, positions, all [B, N]."""
+    batches = {
+        length: book_batches(books.train, length, settings.tokens_a_step // length, settings.seed)
+        for length in (settings.short_rows, settings.target)
+    }
+    planter = torch.Generator().manual_seed(settings.seed + 1)
+    for step in range(settings.steps):
+        short = step < settings.short_steps
+        ids = labels = next(batches[settings.short_rows if short else settings.target])
+        if settings.task != "books":
+            half = len(ids) if settings.task == "recall" else len(ids) // 2
+            asked, answers = PLANT[settings.task](ids[:half], books, planter)
+            ids, labels = torch.cat([asked, ids[half:]]), torch.cat([answers, labels[half:]])
+        batch = {"ids": ids, "labels": labels}
+        if short and settings.skipped:
+            batch["positions"] = skipped_positions(*ids.shape, settings.target, planter)
+        yield batch
+
+
+def skipped_positions(rows: int, length: int, target: int, generator: torch.Generator) -> Tensor:
+    """PoSE's: two chunks, and between them a random stretch left out, up to `target`, [B, N]."""
+    cuts = torch.randint(1, length, (rows, 1), generator=generator)
+    skips = torch.randint(target - length + 1, (rows, 1), generator=generator)
+    place = torch.arange(length).expand(rows, -1)
+    return place + skips * (place >= cuts)
+
+
 def optimizer_of(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """AdamW with the paper's numbers over what is trainable."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -189,11 +217,20 @@ def optimizer_of(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
 
 
 def step_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, labels: Tensor
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ids: Tensor,
+    labels: Tensor,
+    positions: Tensor | None = None,
+    bf16: bool = True,
 ) -> float:
     """One optimizer step on windows [B, N]; the loss before it."""
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+    skipped: dict[str, Tensor] = {}
+    if positions is not None:
+        # Without a mask, transformers takes a jump in the positions for the start of another row.
+        skipped = {"position_ids": positions, "attention_mask": torch.ones_like(ids)}
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model(input_ids=ids, labels=labels, use_cache=False, **skipped).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

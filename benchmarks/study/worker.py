@@ -29,9 +29,7 @@ def work(missing: list[Settings], out: Path, text: Path, until: float | None) ->
 
     Exits with 1 where one of them failed; the others are made all the same.
     """
-    import torch
-
-    torch.set_num_threads(1)
+    torch_on_one_thread()
     parent = os.getppid()
     failed = False
     for settings in missing:
@@ -49,14 +47,22 @@ def work(missing: list[Settings], out: Path, text: Path, until: float | None) ->
     sys.exit(failed)
 
 
+def torch_on_one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def _make(settings: Settings, path: Path, out: Path, text: Path) -> None:
     from benchmarks.study import train
 
     started = time.monotonic()
     model_dir = base_model(settings.task, out, text)
-    row = {"settings": settings.as_dict(), **train.run(settings, model_dir, books_of(text))}
+    books = books_of(text, settings.task)
+    row = {"settings": settings.as_dict(), **train.run(settings, model_dir, books)}
     write(path, row)
-    found = f", passkey digits {row['retrieval']['digits']}" if "retrieval" in row else ""
+    asked = row.get("retrieval", {}).get("digits") or row.get("recall", {}).get("by_distance")
+    found = f", found {asked}" if asked else ""
     click.echo(
         f"{settings.key}: perplexity {row['perplexity']:.2f}{found}, "
         f"{time.monotonic() - started:.0f} s"
@@ -64,19 +70,27 @@ def _make(settings: Settings, path: Path, out: Path, text: Path) -> None:
 
 
 @functools.cache
-def books_of(text: Path) -> Any:
+def books_of(text: Path, task: str = "books") -> Any:
     from transformers import AutoTokenizer
 
     from benchmarks.study.data import Books
+    from benchmarks.study.recall import read_books
 
+    if task == "recall":
+        return read_books(text)
     return Books.read(AutoTokenizer.from_pretrained(BUNDLED), text)
 
 
 def base_model(task: str, out: Path, text: Path) -> Path:
     """Folder of the model that the runs of a task start from."""
     from benchmarks.study.base import retrieval_base
+    from benchmarks.study.recall import recall_base
 
-    return BUNDLED if task == "books" else retrieval_base(BUNDLED, out, books_of(text))
+    if task == "books":
+        return BUNDLED
+    if task == "recall":
+        return recall_base(out, books_of(text, task))
+    return retrieval_base(BUNDLED, out, books_of(text))
 
 
 def file_of(rows: Path, settings: Settings) -> Path:

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -154,7 +156,7 @@ def tiny(tmp_path_factory, study):
 
 @pytest.fixture
 def few_windows(monkeypatch, study):
-    monkeypatch.setattr(study.measure, "WINDOWS", 2)
+    monkeypatch.setattr(study.measure, "WINDOWS", dict.fromkeys(study.measure.WINDOWS, 2))
     monkeypatch.setattr(study.measure, "QUICK_WINDOWS", 1)
     monkeypatch.setattr(study.measure, "RETRIEVAL_WINDOWS", 2)
 
@@ -172,6 +174,11 @@ SHORT = {"steps": 4, "target": 512, "group": 128, "tokens_a_step": 1024}
         ({"attention": "sinks", "sinks": 16}, 2, {"sparse"}),
         ({"method": "full"}, 2, {"sparse"}),
         ({"method": "lora+norm", "task": "retrieval", "watch": (2,)}, 2, {"sparse"}),
+        (
+            {"attention": "full", "short_share": 0.5, "skipped": True, "short_rows": 128},
+            0,
+            {"full"},
+        ),
     ],
 )
 def test_a_run_trains_as_its_settings_say(study, tiny, few_windows, changes, sparse_layers, kinds):
@@ -313,3 +320,22 @@ def test_a_run_that_fails_costs_no_other_and_one_that_is_there_is_not_made(
         study.worker.work([first, second, third], tmp_path, tmp_path, None)
     assert end.value.code == 1
     assert made == [first, second]
+
+
+def test_the_committed_page_is_what_its_rows_say(study, tmp_path, monkeypatch):
+    committed = Path(__file__).parents[2] / "docs/explanation"
+    everything = json.loads((committed / "study.json").read_text())
+    (tmp_path / "rows").mkdir()
+    for key, row in everything["rows"].items():
+        assert study.settings.Settings(**read(row["settings"])).key == key
+        (tmp_path / "rows" / f"{key}.json").write_text(json.dumps(row))
+    (tmp_path / "timing.json").write_text(json.dumps(everything["timing"]))
+    monkeypatch.setattr(study.report, "plot", lambda *arguments: None)
+    page = study.report.write_page(study.results.Results(tmp_path), tmp_path / "page")
+    assert page.read_text() == (committed / "study.md").read_text()
+    images = re.findall(r"\((study-\S+\.png)\)", page.read_text())
+    assert all((committed / image).is_file() for image in images)
+
+
+def read(settings):
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
