@@ -67,9 +67,10 @@ def run(
     missing = [settings for settings in wanted if not file_of(rows, settings).exists()]
     until = None if minutes is None else time.monotonic() + 60 * minutes
     spawn = multiprocessing.get_context("spawn")
-    tasks = sorted({settings.task for settings in missing})
-    with spawn.Pool(processes, torch_on_one_thread) as pool:  # first, so that each is made once
-        pool.starmap(base_model, [(task, out, text) for task in tasks])
+    pretrained = sorted({settings.task for settings in missing} - {"books"})
+    if pretrained:  # before the runs, so that each base model is made once
+        with spawn.Pool(processes, torch_on_one_thread) as pool:
+            pool.starmap(base_model, [(task, out, text) for task in pretrained])
     workers = [
         spawn.Process(target=work, args=(missing, out, text, until))
         for _ in range(min(processes, len(missing)))

@@ -355,13 +355,4 @@ CLAIMS = (
         X32_S2,
         perplexity,
     ),
-    Claim(
-        "×32: rows of 512 with skipped positions (PoSE) find as many facts as full attention",
-        "128k from rows of 2k (arXiv 2309.10400)",
-        X32_FULL,
-        ("x32-rivals", "PoSE, rows of 512"),
-        recalled("all"),
-        equal=True,
-        unit="points",
-    ),
 )

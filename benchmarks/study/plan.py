@@ -101,7 +101,7 @@ X32_ROWS = (
     Row("YaRN, untrained", replace(X32, attention="full", steps=0), ONE),
     Row("full attention", replace(X32, attention="full")),
     Row("S²", X32),
-    *finishing(X32, {0.1: SEEDS, 0.25: SEEDS, 0.05: ONE}),
+    *finishing(X32, {0.05: ONE, 0.1: SEEDS, 0.25: SEEDS, 0.34: ONE}),
     Row("groups, no shift", replace(X32, attention="groups")),
 )
 
@@ -117,6 +117,11 @@ X32_RIVALS = (
     Row(
         "PoSE, rows of 512, last 25% long",
         replace(X32, attention="full", short_share=0.75, skipped=True),
+        ONE,
+    ),
+    Row(
+        "PoSE, rows of 1024",
+        replace(X32, attention="full", short_share=1.0, short_rows=1024, skipped=True),
         ONE,
     ),
     Row("S², random 25% full", replace(X32, random_full=0.25), ONE),

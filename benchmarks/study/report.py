@@ -37,7 +37,7 @@ class Table:
 
 NEAR = "×32: who comes near full attention?"
 RETRIEVAL_LENGTHS = (256, 512, 1024, 2048)
-RECALL_COLUMNS = (("", "all"), ("256–512 back", "256-512"), ("over 1024 back", "1024-2048"))
+RECALLED = {"facts recalled": "all", "256–512 back": "256-512", "over 1024 back": "1024-2048"}
 
 Column = tuple[str, Callable[[Results, Row], Value | None], int]
 """Header, figure, digits."""
@@ -71,8 +71,8 @@ def columns_of(question: Question) -> list[Column]:
         columns.append(("found over 1024 back, %", _measured(figures.retrieved_far), 0))
     if settings.task == "recall":
         columns += [
-            (f"facts recalled {where}, %", _measured(figures.recalled(name)), 0)
-            for where, name in RECALL_COLUMNS
+            (f"{header}, %", _measured(figures.recalled(name)), 0)
+            for header, name in RECALLED.items()
         ]
     if question.name in ("attention", "groups"):
         columns.append(("evaluated sparse", _measured(figures.evaluated_sparse), 2))
