@@ -56,11 +56,13 @@ test: install
 	$(PYTEST) --durations 15
 
 # Under a minute, for a first change: the contract, the rules of the source, and arithmetic.
-QUICK_TESTS := tests/test_args.py tests/test_layering.py tests/test_install.py tests/run tests/rope \
-	tests/adapter tests/attention/test_attention.py
+QUICK_TESTS := $(addsuffix .py,$(addprefix tests/,test_args test_layering test_install \
+	$(addprefix run/test_,carried_run document_lengths prepare refusals) \
+	$(addprefix rope/test_,any_preset auto base_configs presets scaled_bases) \
+	$(addprefix attention/test_,attention input layout) adapter/test_modules_and_masters))
 
 test-quick: install
-	$(PYTEST) $(QUICK_TESTS)
+	$(PYTEST) -m "not e2e" $(QUICK_TESTS)
 
 # Python 3.12 with Axolotl 0.21: train, resume, merge, evaluate and load there, too.
 MATRIX_PYTHON ?= $(shell for p in $(HOME)/.pyenv/versions/3.12*/bin/python3.12 python3.12; do \

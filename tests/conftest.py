@@ -54,7 +54,7 @@ def tiny_text() -> str:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_text: str):
-    return tiny.byte_tokenizer(tiny_text, ["<s>", "</s>", "<pad>"])
+    return tiny.byte_tokenizer(tiny_text)
 
 
 @pytest.fixture(scope="session")

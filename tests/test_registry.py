@@ -11,8 +11,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import tiny
+from transformers import LlamaConfig
 
 from longlora_plugin import hookspecs, registry
 from longlora_plugin.run.prepare import prepare_run
@@ -291,7 +291,7 @@ def test_a_module_kind_that_fails_when_used_names_its_package(install, body, say
     install("broken-one", code)
     select = registry.find("longlora_trainable_modules", "mine")
     with pytest.raises(ValueError, match=says) as error:
-        select(_tiny())
+        select(tiny.llama())
     assert "'mine' of broken-one" in str(error.value)
 
 
@@ -321,21 +321,6 @@ def test_a_class_instance_can_be_the_entry_point(install):
     install("good", code, "good:package")
     assert "mine" in registry.provided("longlora_rope_presets")
     assert registry.survey("longlora_rope_presets")[0]["mine"].owner == "good"
-
-
-def _tiny() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-        )
-    )
 
 
 # ---- every hook is specified, built in, shown, documented and tested -------------------------

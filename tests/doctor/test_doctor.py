@@ -6,20 +6,20 @@ import importlib.util
 import json
 import sys
 import tomllib
+from functools import partial
 from importlib import metadata
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
+import command
 import pytest
 import torch
 import yaml
 from axolotl_runs import write_recipe
-from click.testing import CliRunner
 from packaging.requirements import Requirement
 
 from longlora_plugin import attention
-from longlora_plugin.cli import longlora
 from longlora_plugin.doctor import launcher_step, machine, trials
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +34,7 @@ def recipe(tmp_path, tiny_model_dir, tiny_dataset):
     return make
 
 
-def run(*arguments: object):
-    return CliRunner().invoke(longlora, ["doctor", "--quick", *map(str, arguments)])
+run = partial(command.invoke, "doctor", "--quick")
 
 
 def state(name: str) -> trials.Trial:

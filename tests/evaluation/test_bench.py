@@ -8,11 +8,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 import yaml
 from click.testing import CliRunner
 from evaluation_models import CopyModel, write_recipe
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longlora_plugin.cli import longlora
@@ -43,18 +43,9 @@ def tokenizer(tmp_path_factory):
         "Question: Find all variables that are assigned the value in the text above. VAR = VAR",
         "Some special magic numbers are hidden within the following text. Make sure to memorize.",
     ] * 50
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        text, trainers.BpeTrainer(vocab_size=900, special_tokens=["<pad>", "</s>"],
-                                  initial_alphabet=alphabet, show_progress=False),
-    )  # fmt: skip
+    made = tiny.byte_tokenizer(*text, special_tokens=["<pad>", "</s>"], size=900)
     folder = tmp_path_factory.mktemp("bench") / "base"
-    PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>"
-    ).save_pretrained(folder)
+    made.save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 

@@ -6,11 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
+import command
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from command import done
 from evaluation_models import (
     ORIGINAL,
     TARGET,
@@ -20,29 +23,14 @@ from evaluation_models import (
     text_of,
     write_adapter,
     write_recipe,
-    write_tiny_llama,
 )
 from peft import PeftModel
 from safetensors.numpy import load_file
-from transformers import (
-    AutoTokenizer,
-    LlamaForCausalLM,
-)
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from longlora_plugin.cli import longlora
 from longlora_plugin.evaluation import lengths
 from longlora_plugin.evaluation.loading import ModelSource
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evaluation")
-    base = write_tiny_llama(folder / "base")
-    write_adapter(base, folder / "out")
-    write_recipe(folder / "recipe.yml", base, folder / "out")
-    write_recipe(folder / "untrained.yml", base, folder / "empty")
-    (folder / "data.txt").write_text(text_of(500, seed=3))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +39,7 @@ def ids(work):
     return torch.tensor([tokenizer((work / "data.txt").read_text())["input_ids"]])
 
 
-def run(*arguments):
-    result = CliRunner().invoke(longlora, ["eval", *map(str, arguments)])
-    if result.exit_code == 0:
-        return result
-    raise AssertionError(f"{result.output}\n{result.exception!r}")
-
-
-def refused(*arguments):
-    result = CliRunner().invoke(longlora, ["eval", *map(str, arguments)])
-    assert result.exit_code != 0
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result.output
+run, refused = partial(done, "eval"), partial(command.refused, "eval")
 
 
 def test_rows_of_three_models_equal_transformers_and_peft_in_a_loop(work, ids):

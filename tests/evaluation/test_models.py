@@ -3,20 +3,14 @@
 import json
 import math
 import shutil
+from functools import partial
 
+import command
 import pytest
 import torch
 from click.testing import CliRunner
-from evaluation_models import (
-    TARGET,
-    YARN,
-    extended,
-    own_perplexity,
-    text_of,
-    write_adapter,
-    write_recipe,
-    write_tiny_llama,
-)
+from command import done
+from evaluation_models import TARGET, YARN, extended, own_perplexity, write_adapter, write_recipe
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
@@ -34,30 +28,7 @@ from longlora_plugin.cli import longlora
 from longlora_plugin.evaluation.models import model_sources
 from longlora_plugin.run.recipe import read_recipe
 
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evaluation")
-    base = write_tiny_llama(folder / "base")
-    write_adapter(base, folder / "out")
-    write_recipe(folder / "recipe.yml", base, folder / "out")
-    write_recipe(folder / "untrained.yml", base, folder / "empty")
-    (folder / "data.txt").write_text(text_of(500, seed=3))
-    return folder
-
-
-def run(*arguments):
-    result = CliRunner().invoke(longlora, ["eval", *map(str, arguments)])
-    if result.exit_code == 0:
-        return result
-    raise AssertionError(f"{result.output}\n{result.exception!r}")
-
-
-def refused(*arguments):
-    result = CliRunner().invoke(longlora, ["eval", *map(str, arguments)])
-    assert result.exit_code != 0
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result.output
+run, refused = partial(done, "eval"), partial(command.refused, "eval")
 
 
 def test_adapter_row_only_where_one_was_trained(work):
@@ -144,8 +115,8 @@ def test_one_name_for_two_models_is_refused_and_a_name_given_twice_is_one(work):
 @pytest.mark.parametrize("base", ["~/models/none", "nobody/nothing", "/nowhere/at/all"])
 def test_unreachable_base_model_is_one_clear_error(work, tmp_path, base):
     recipe = write_recipe(tmp_path / "r.yml", base, work / "out")
-    for command in ("eval", "passkey"):
-        result = CliRunner().invoke(longlora, [command, str(recipe), "--lengths", "64"])
+    for name in ("eval", "passkey"):
+        result = command.invoke(name, recipe, "--lengths", "64")
         assert result.exit_code == 1
         assert isinstance(result.exception, SystemExit)
         said = (

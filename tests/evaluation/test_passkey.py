@@ -1,27 +1,18 @@
 """Passkey retrieval: trials that fit any tokenizer, and models whose score is known."""
 
 import json
+from functools import partial
 
+import command
 import pytest
 import torch
-from click.testing import CliRunner
-from evaluation_models import ORIGINAL, CopyModel, write_adapter, write_recipe, write_tiny_llama
+from evaluation_models import ORIGINAL, CopyModel, random_mistral
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from longlora_plugin.cli import longlora
 from longlora_plugin.evaluation import passkey
 from longlora_plugin.evaluation.passkey import answer_trials, build_trial, is_exactly, wilson
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("passkey")
-    base = write_tiny_llama(folder / "base")
-    write_adapter(base, folder / "out")
-    write_recipe(folder / "recipe.yml", base, folder / "out")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +65,7 @@ def test_no_batch_needs_a_mask(work, tokenizer):
 def cached_model(request, work, tokenizer):
     if request.param == "llama":
         return LlamaForCausalLM.from_pretrained(work / "base").eval()
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=32,
-        initializer_range=0.3,
-    )
-    return MistralForCausalLM(config).eval()
+    return random_mistral(len(tokenizer))
 
 
 def test_generated_answers_equal_greedy_decoding_without_cache(cached_model, tokenizer):
@@ -196,8 +176,7 @@ def test_wilson_interval_equals_published_values():
     assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
 
 
-def run(*arguments):
-    return CliRunner().invoke(longlora, ["passkey", *map(str, arguments)])
+run = partial(command.invoke, "passkey")
 
 
 def test_command_writes_a_row_for_each_model_length_and_depth(work):

@@ -45,8 +45,9 @@ def merged_and_expected(
     def load(folder: Path) -> torch.nn.Module:
         return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
-    plain = logits(load(base), name)
-    expected = logits(PeftModel.from_pretrained(load(base), adapter), name)
+    original = load(base)
+    plain = logits(original, name)
+    expected = logits(PeftModel.from_pretrained(original, adapter), name)
     merge(Source(adapter, base, AutoConfig.from_pretrained(base)), target)
     return logits(load(target), name), expected, plain
 

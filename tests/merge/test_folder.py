@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
+import adapters
 import pytest
 import torch
-from adapters import move_and_save, wrapped
+from adapters import logits, move_and_save, wrapped
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -19,19 +21,7 @@ from longlora_plugin.artifacts.manifest import Manifest, write_manifest
 from longlora_plugin.merge.folder import Source, check_loads, merge
 from longlora_plugin.merge.limits import raise_limits
 
-IDS = torch.arange(3, 43)[None]
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
+base_folder = partial(adapters.base_folder, max_shard_size="30KB")
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -43,14 +33,6 @@ LLAMA3 = {
 }
 
 
-def base_folder(tmp_path: Path, family: str = "llama", **options: object) -> Path:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **options})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "base", max_shard_size="30KB")
-    return tmp_path / "base"
-
-
 def adapter_folder(base: Path, folder: Path, scale: float = 0.05, **config: object) -> Path:
     """An adapter whose run had `config` in addition to the base's, as it saved it."""
     trained = AutoConfig.from_pretrained(base)
@@ -60,11 +42,6 @@ def adapter_folder(base: Path, folder: Path, scale: float = 0.05, **config: obje
     move_and_save(wrapped(model), folder, scale)
     trained.save_pretrained(folder)
     return folder
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 def merged_logits(folder: Path) -> torch.Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import move_and_save, wrapped
+from adapters import base_folder, logits, move_and_save, wrapped
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -18,35 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from longlora_plugin.merge import stored
 from longlora_plugin.merge.folder import Source, merge
 
-IDS = torch.arange(3, 43)[None]
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-
-
-def base_folder(tmp_path: Path, family: str = "llama", **options: object) -> Path:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **options})
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
 
 def load(folder: Path, kind: type = AutoModelForCausalLM, **options: object) -> torch.nn.Module:
     return kind.from_pretrained(folder, dtype=torch.float32, **options)
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 def merged(base: Path, adapter: Path) -> Path:

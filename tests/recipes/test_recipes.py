@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command
 import pytest
 import yaml
-from click.testing import CliRunner
 
-from longlora_plugin.cli import longlora
 from longlora_plugin.plan import GPUS
 from longlora_plugin.recipes import available
 from longlora_plugin.recipes import longlora_recipes as shipped
@@ -49,8 +49,7 @@ def recipe(tmp_path: Path, bases: Path, monkeypatch: pytest.MonkeyPatch):
     return write
 
 
-def run(*args: object):
-    return CliRunner().invoke(longlora, ["recipes", *map(str, args)])
+run = partial(command.invoke, "recipes")
 
 
 # ---- what `check` finds ---------------------------------------------------------------------

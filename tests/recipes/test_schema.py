@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
+import command
 import jsonschema
 import pytest
 import yaml
-from click.testing import CliRunner
 
-from longlora_plugin.cli import longlora
 from longlora_plugin.recipes import longlora_recipes as shipped
 
-
-def run(*args: object):
-    return CliRunner().invoke(longlora, ["recipes", *map(str, args)])
+run = partial(command.invoke, "recipes")
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import command
 import pytest
 import yaml
-from click.testing import CliRunner
 from transformers import AutoConfig
 
-from longlora_plugin.cli import longlora
 from longlora_plugin.plan import plan_recipe
 from longlora_plugin.recipes import longlora_recipes as shipped
 from longlora_plugin.recipes.check import check_recipe
@@ -48,8 +48,7 @@ EXPECTED = {
 }
 
 
-def run(*args: object):
-    return CliRunner().invoke(longlora, ["recipes", *map(str, args)])
+run = partial(command.invoke, "recipes")
 
 
 def test_every_shipped_recipe_has_an_expectation_here():

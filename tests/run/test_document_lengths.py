@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import trainer_runs
 import yaml
-from axolotl_runs import run_axolotl, write_recipe
+from axolotl_runs import write_recipe
 from click.testing import CliRunner
 from datasets import Dataset
 
@@ -102,7 +103,7 @@ def test_rows_that_axolotl_would_drop_do_not_count(recipe):
 @pytest.mark.e2e
 def test_a_packed_run_on_short_documents_warns_and_prepared_data_is_enough_for_check(recipe):
     path = recipe(8, sample_packing=True, pad_to_sequence_len=True)
-    run = run_axolotl("train", path, "--launcher", "python")
+    run = trainer_runs.train(path).ok()
     assert "LongLoRA data: 8 documents" in run.log
     assert "this data cannot extend the context from 64 to 256 tokens" in run.log
     raw = yaml.safe_load(path.read_text())

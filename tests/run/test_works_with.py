@@ -81,6 +81,7 @@ def trained(tmp_path_factory, tiny_model_dir, tiny_dataset):
     return train
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", RUNS)
 def test_what_is_saved_is_what_was_trained_with_these_keys(trained, name):
     run = trained(name)

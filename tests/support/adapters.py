@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from longlora_plugin.adapter.modules import (
     attention_projections,
@@ -16,6 +17,36 @@ from longlora_plugin.adapter.modules import (
     shortest_names,
 )
 from longlora_plugin.run.axolotl_keys import LORA_TARGETS
+
+IDS = torch.arange(3, 43)[None]
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+def base_folder(
+    folder: Path, family: str = "llama", *, max_shard_size: str = "1GB", **options: object
+) -> Path:
+    """A tiny random base model of a family."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZES, **options})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder / "base", max_shard_size=max_shard_size)
+    return folder / "base"
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
 
 
 def wrapped(model: torch.nn.Module, **options: Any) -> PeftModel:

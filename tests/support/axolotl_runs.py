@@ -11,17 +11,9 @@ from types import SimpleNamespace
 import tiny
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
+from adapters import move_and_save, wrapped
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-from longlora_plugin.adapter.modules import (
-    attention_projections,
-    embedding_modules,
-    embeddings_are_tied,
-    norm_modules,
-    shortest_names,
-)
 
 SUPPORT = Path(__file__).parent
 CONTEXT, TARGET = 64, 256
@@ -99,24 +91,7 @@ def scaled(base: Path):
 def make_adapter(base: Path, folder: Path) -> None:
     """An adapter as a run of this package saves it, every tensor moved."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    names = [*embedding_modules(model), *norm_modules(model)]
-    peft_model = get_peft_model(
-        model,
-        LoraConfig(
-            r=4,
-            lora_alpha=8,
-            target_modules=attention_projections(model),
-            modules_to_save=shortest_names(model, names),
-            ensure_weight_tying=embeddings_are_tied(model),
-            task_type="CAUSAL_LM",
-        ),
-    )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in peft_model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    peft_model.save_pretrained(folder)
+    move_and_save(wrapped(model), folder)
     scaled(base).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = TEMPLATE

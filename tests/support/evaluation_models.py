@@ -130,7 +130,7 @@ def write_tiny_llama(folder: Path) -> Path:
     """A random Llama whose answers depend on the position, with its own tokenizer."""
     return tiny.write_llama(
         folder,
-        tiny.byte_tokenizer(text_of(400), ["<pad>", "<s>", "</s>"], begins=True),
+        tiny.byte_tokenizer(text_of(400), special_tokens=["<pad>", "<s>", "</s>"], begins=True),
         hidden_size=32,
         intermediate_size=48,
         max_position_embeddings=ORIGINAL,

@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import tiny
+
 from longlora_plugin.longqa.journal import provenance_path, validation_path
 
 PEOPLE = ("Miriam", "Tobias", "Ottilie", "Gregor", "Wanda", "Lucan", "Petra", "Anselm")
@@ -264,22 +266,7 @@ class Stub:
 
 def save_tokenizer(folder: Path) -> Path:
     """A byte-level BPE tokenizer of 600 entries that knows the stories' words."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([story(seed) for seed in range(3)], trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
+    tiny.byte_tokenizer(*map(story, range(3)), size=600).save_pretrained(folder)
     return folder
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from click.testing import CliRunner
+import command
 from transformers import GemmaConfig, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
-from longlora_plugin.cli import longlora
 from longlora_plugin.plan import ModelShape
 
 LLAMA_SAVED = ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"]
@@ -63,5 +63,4 @@ def write_recipe(folder: Path, config: Any, **keys: Any) -> Path:
     return recipe
 
 
-def invoke(*arguments: Any) -> Any:
-    return CliRunner().invoke(longlora, ["plan", *map(str, arguments)])
+invoke = partial(command.invoke, "plan")

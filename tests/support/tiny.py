@@ -8,9 +8,16 @@ from typing import Any
 
 import yaml
 
+SPECIAL = {"<s>": "bos_token", "</s>": "eos_token", "<pad>": "pad_token"}
 
-def byte_tokenizer(text: str, special_tokens: Sequence[str], *, begins: bool = False) -> Any:
-    """A byte-level BPE tokenizer of 320 tokens at most, trained on `text`.
+
+def byte_tokenizer(
+    *texts: str,
+    special_tokens: Sequence[str] = tuple(SPECIAL),
+    size: int = 320,
+    begins: bool = False,
+) -> Any:
+    """A byte-level BPE tokenizer of at most `size` tokens, trained on `texts`.
 
     Args:
         special_tokens: those of <s>, </s> and <pad>, in the order of their ids.
@@ -23,18 +30,17 @@ def byte_tokenizer(text: str, special_tokens: Sequence[str], *, begins: bool = F
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=size,
         special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     if begins:
         first = ("<s>", tokenizer.token_to_id("<s>"))
         tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[first])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    roles = {SPECIAL[token]: token for token in special_tokens}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
 
 
 def llama(layers: int = 2, *, weights: float = 1.0, **config: Any) -> Any:
