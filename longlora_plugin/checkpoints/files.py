@@ -127,7 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON, it was cut off or damaged: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object")

@@ -24,7 +24,10 @@ _NO_SPACE_BETWEEN = regex.compile(rf"[{_SPACELESS}\u3000-\u303f\uff00-\uffef]")
 _WORD = regex.compile(rf"[{_SPACELESS}]+|[\p{{L}}\p{{M}}\p{{N}}_--{_SPACELESS}]+", regex.V1)
 _UNMARKED_SPACE = regex.compile(rf"(?<=[{_UNMARKED}ๆฯ])[ \t]+(?=[{_UNMARKED}])")
 _CLOSING = r"[\"'”’»)\]」』）】》]*"
-_SURE_END = regex.compile(rf"(?:\w{{5}}[.!?]{_CLOSING}\s+|[。！？｡।॥؟۔።။]{_CLOSING}\s*)")
+_MARK = rf"[。！？｡।॥؟۔።။]{_CLOSING}"
+_SURE_END = regex.compile(rf"(?:\w{{5}}[.!?]{_CLOSING}\s+|{_MARK}\s*)")
+_END_BEFORE_DIGIT = regex.compile(rf"{_MARK}(?=\d)")
+_OPENED, _CLOSED = frozenset("“「『（《【«"), frozenset("”」』）》】»")
 _SHORTEST_UNMARKED = 40
 # The segmenter takes time with the square of a paragraph's length.
 _LONGEST_PIECE = 2000
@@ -76,7 +79,7 @@ def sentences(text: str, language: str = "en") -> list[str]:
     found: list[str] = []
     for piece in _pieces(text):
         parts = segment(language, piece) if len(piece) <= 2 * _LONGEST_PIECE else [piece]
-        for part in parts:
+        for part in (each for joined in parts for each in _cut_before_digits(joined)):
             found += _unmarked(part) if _UNMARKED_SPACE.search(part) else [part]
     return [stripped for part in found if (stripped := part.strip())]
 
@@ -94,6 +97,17 @@ def _pieces(text: str) -> Iterator[str]:
             yield paragraph[start : ends[-1]]
             start = ends[-1]
         yield paragraph[start:]
+
+
+def _cut_before_digits(text: str) -> Iterator[str]:
+    """The sentences that the segmenter joins where the later one begins with a digit."""
+    start = 0
+    for match in _END_BEFORE_DIGIT.finditer(text):
+        head = text[start : match.end()]
+        if sum(char in _OPENED for char in head) <= sum(char in _CLOSED for char in head):
+            yield head
+            start = match.end()
+    yield text[start:]
 
 
 def _unmarked(text: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 102400)
 """Context sizes above which shares are given, in tokens."""
 
 EARLY = 0.1
-"""Answers whose evidence stands in this first share of the text count as early."""
+"""Answers whose evidence is in this first share of the text count as early."""
 
 EARLY_SHARE = 0.5
 DOMINANT_SHARE = 0.5
@@ -33,8 +33,8 @@ class Described:
     Attributes:
         tokens: as trained; None without a tokenizer and without a record.
         characters: of instruction and output.
-        depth: where the last of the evidence (else the answer) stands in the instruction, 0 to 1;
-            None where none of it stands there word for word.
+        depth: where the last of the evidence (else the answer) is in the instruction, 0 to 1;
+            None where none of it is there word for word.
     """
 
     file: str
@@ -73,7 +73,7 @@ def describe(path: Path, tokenizer: Any = None) -> tuple[list[Described], dict[s
     """Every row of a data file, and the lines that are no rows with the reason.
 
     Args:
-        tokenizer: a transformers tokenizer; None: lengths from the record beside the file.
+        tokenizer: a transformers tokenizer; None: lengths from the record next to the file.
 
     Raises:
         ValueError: the file cannot be read, or its record is damaged.
@@ -89,7 +89,7 @@ def describe(path: Path, tokenizer: Any = None) -> tuple[list[Described], dict[s
             if not isinstance(row, dict):
                 raise ValueError("is not an object")
             asked, answered = row_texts(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             damaged[f"{path}, {where}"] = str(error).split("\n")[0][:160]
             continue
         name = row_name(line)
@@ -115,7 +115,7 @@ def describe(path: Path, tokenizer: Any = None) -> tuple[list[Described], dict[s
 
 
 def _lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(where it stands, JSON) of every row: of JSONL, or of one JSON list as LongAlpaca-12k is."""
+    """(where it is, JSON) of every row: of JSONL, or of one JSON list as LongAlpaca-12k is."""
     try:
         with path.open("rb") as stream:
             if stream.read(1) == b"[":
@@ -129,7 +129,7 @@ def _lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
                     yield f"line {number}", line
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} begins a JSON list, but is not JSON: {error}") from None
 
 
@@ -234,7 +234,7 @@ def _warnings(
     early = sum(depth <= EARLY for depth in depths)
     if len(depths) >= 10 and early > EARLY_SHARE * len(depths):
         found.append(
-            f"{early} of {len(depths)} answers stand in the first {EARLY:.0%} of their text: "
+            f"{early} of {len(depths)} answers are in the first {EARLY:.0%} of their text: "
             "training on them teaches to read the beginning only"
         )
     if result.largest_document and result.documents > 1:
@@ -246,7 +246,7 @@ def _warnings(
         found.append("all pairs are about one document: a model may learn it by heart")
     twice = len(rows) - len({row.name for row in rows})
     if twice:
-        found.append(f"{twice} rows stand there more than once, word for word")
+        found.append(f"{twice} rows are there more than once, word for word")
     if sequence_len is not None and result.unit == "tokens":
         longer = sum((row.tokens or 0) > sequence_len for row in rows)
         if longer:
@@ -286,7 +286,7 @@ def draw(rows: list[Described], path: Path, *, sequence_len: int | None = None) 
     left.legend()
     right.bar([tenth * 10 + 5 for tenth in range(10)], summary.depths, width=9)
     right.set(
-        xlabel="where the answer's last evidence stands [% of the instruction]",
+        xlabel="where the answer's last evidence is [% of the instruction]",
         ylabel="pairs",
         title="Depth of the answers",
         xlim=(0, 100),

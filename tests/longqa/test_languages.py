@@ -128,12 +128,21 @@ def test_one_long_paragraph_is_cut_between_sentences_and_loses_nothing(build, tm
         ("一つ。二つ！「三つ？」", 3),
         ("वह आया। वह गया॥ कौन?", 3),
         ("هل جاء؟ نعم. ذهب!", 3),
+        ("誰が来たのか？1021年に村へ。3人だ！", 3),
+        ("वह आया।12 लोग गए। हाँ।", 3),
+        ("他说：“谁来了？12个人。”3天后他走了。", 2),
+        ("円周率は3.14だ。Version 2.0 is out.", 2),
     ],
 )
 def test_marks_of_other_scripts_end_a_sentence(text, count):
     found = sentences(text)
     assert len(found) == count
     assert "".join(found).replace(" ", "") == text.replace(" ", "")
+
+
+@pytest.mark.parametrize("language", TOLD)
+def test_every_sentence_of_a_text_is_one(language):
+    assert len(sentences(text_in(language))) == 160
 
 
 def test_hard_wrapped_lines_are_joined_by_a_space_only_where_the_script_has_spaces():

@@ -112,6 +112,18 @@ def test_lines_that_are_no_rows_are_named_and_not_fatal(tmp_path):
     assert "2 lines are no rows" in output
 
 
+def test_json_nested_too_deep_is_damage_of_its_line_or_of_the_one_list(tmp_path):
+    deep = "[" * 200_000 + "]" * 200_000
+    lines, whole = tmp_path / "lines.jsonl", tmp_path / "whole.json"
+    lines.write_text(f'{{"instruction": "a", "output": "b"}}\n{{"instruction": {deep}}}\n')
+    whole.write_text(deep)
+    described, damaged = describe(lines)
+    assert len(described) == 1
+    assert [where.rsplit(" ", 1)[1] for where in damaged] == ["2"]
+    result = CliRunner().invoke(longlora, ["longqa", "stats", str(whole)])
+    assert (result.exit_code, "is not JSON" in result.output) == (1, True), result.output
+
+
 def test_one_json_list_is_read_as_longalpaca_has_it(tmp_path):
     path = tmp_path / "LongAlpaca-12k.json"
     listed = [{"instruction": f"a {n}", "input": "", "output": "c"} for n in range(3)]
@@ -133,7 +145,7 @@ def test_warns_of_pairs_that_the_recipe_would_drop():
 
 def test_warns_of_answers_that_stand_at_the_beginning_only():
     early = summarize([*many(8, depth=0.05), *many(4, depth=0.6)])
-    assert any("8 of 12 answers stand in the first 10%" in warning for warning in early.warnings)
+    assert any("8 of 12 answers are in the first 10%" in warning for warning in early.warnings)
     assert summarize([*many(6, depth=0.05), *many(6, depth=0.6)]).warnings == []
     assert early.depths == [8, 0, 0, 0, 0, 0, 4, 0, 0, 0]
 
