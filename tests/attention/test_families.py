@@ -181,17 +181,17 @@ and mask functions. This page lists what was checked, with transformers {version
 `python tests/attention/test_families.py --write`.
 
 Each row is a tiny random model in float64 (where the family's code asks for float32, it is given
-float64 as well). Its training output and the gradient of every parameter equal those of the stock
-model under an explicit mask per head, up to the error shown, which is relative to the largest
-number expected; the test allows {tolerance:.0e}. Moreover, for every row: evaluation is bit for
-bit stock while S²-Attn is enabled, and training is after `remove()`; no token sees a later one;
-rows padded on the left or on the right equal the rows alone; packed documents equal the documents
-alone, or, where the last column says that the stock model's other layers mix them, the stock model
-under the documents' mask.
+float64 as well). Its training output and the gradient of every parameter equal those of
+transformers' own model under an explicit mask per head, up to the error shown, which is relative to
+the largest number expected; the test allows {tolerance:.0e}. Moreover, for every row: evaluation is bit for
+bit the original while S²-Attn is enabled, and training is after `remove()`; no token sees a later
+one; rows padded on the left or on the right equal the rows alone; packed documents equal the
+documents alone, or, where the last column says that the original model's other layers mix them, the
+original model under the documents' mask.
 
 Layers with a sliding window shorter than `max_position_embeddings`, with chunks, and those without
-attention keep the stock path; `handle.skipped` counts them. Families that are not on this page may
-work: after a training step, `handle.calls` tells whether S²-Attn ran.
+attention keep the original path; `handle.skipped` counts them. Families that are not on this page
+may work: after a training step, `handle.calls` tells whether S²-Attn ran.
 
 ## Supported: {supported}
 
@@ -200,7 +200,7 @@ work: after a training step, `handle.calls` tells whether S²-Attn ran.
 """
 REFUSED = """
 Vision and audio towers and cross-attention are never covered. `sdpa` ignores Gemma 2's softcap, in
-stock transformers as here; `eager` applies it. Image tokens that see each other (Gemma 3 with
+transformers itself as here; `eager` applies it. Image tokens that see each other (Gemma 3 with
 images) need a mask that is not causal: training then stops with an error that says so.
 
 ## Refused: {refused}
@@ -226,7 +226,7 @@ def supported_row(name: str) -> str:
         ", ".join(seen),
         "float64",
         f"{max(comparison.error for comparison in seen.values()):.0e}",
-        f"stock layers mix them: {family.packing}" if family.packing else "kept apart",
+        f"original layers mix them: {family.packing}" if family.packing else "kept apart",
     ]
     return f"| {' | '.join(cells)} |"
 
