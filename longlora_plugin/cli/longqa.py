@@ -185,8 +185,8 @@ def _show_report(output: Output, report: Report, source: Path, out: Path, *, dry
     output.table(table)
     for name, why in report.skipped.items():
         output.print(f"[yellow]skipped[/] {escape(name)}: {escape(why)}")
-    for name, twin in report.duplicates.items():
-        output.print(f"[yellow]skipped[/] {escape(name)}: nearly the same as {escape(twin)}")
+    for name, earlier in report.duplicates.items():
+        output.print(f"[yellow]skipped[/] {escape(name)}: nearly the same as {escape(earlier)}")
     for name, why in report.barren.items():
         output.print(f"[yellow]no pairs[/] from {escape(name)}: {escape(why)}")
     for why, number in report.failed.items():

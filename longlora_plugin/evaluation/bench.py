@@ -3,7 +3,7 @@
 The model is built as everywhere in `evaluation/` (the run's RoPE, adapter, quantization, tokenizer)
 and handed to lm-eval as an object; what is scored is lm-eval's own. Nothing is cut without a word:
 
-- a task that makes a text of the length asked for (RULER, BABILong) is never cut: room for the
+- a task that makes a text of the length asked for (RULER, BABILong) is never cut: space for the
   answer is added where the task leaves none, as RULER's fwe does;
 - any other text is cut from the left to the length, as lm-eval does, and counted in `truncated`.
 
@@ -261,34 +261,34 @@ class CountingLM(HFLM):
             self._rank, self._world_size = processes.rank, processes.count
         self._length, self._grows, self._progress = length, grows, progress
         self._prompts: list[int] = []
-        self._room = 0
+        self._answer = 0
         self._in_all = 0
 
     def counted(self) -> dict[str, int]:
         """What was seen, of this process."""
         over = sum(tokens > self._length for tokens in self._prompts)
-        beyond = sum(tokens + self._room > self._length for tokens in self._prompts)
+        beyond = sum(tokens + self._answer > self._length for tokens in self._prompts)
         return {
             "truncated": 0 if self._grows else over,
             "beyond_length": beyond,
             "longest_prompt": max(self._prompts, default=0),
-            "max_gen_toks": self._room,
+            "max_gen_toks": self._answer,
             "max_length": self.max_length,
         }
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         prompts = [self.tok_batch_encode([request.args[0]])[0].shape[1] for request in requests]
-        rooms = [
+        answers = [
             normalize_gen_kwargs(dict(request.args[1]), self.max_gen_toks)["max_gen_toks"]
             for request in requests
         ]
         self._prompts += prompts
-        self._room = max([self._room, *rooms])
+        self._answer = max([self._answer, *answers])
         longest = max(prompts, default=0) if self._grows else self._length
-        self._max_length = max(self._length, longest + self._room)
+        self._max_length = max(self._length, longest + self._answer)
         self._in_all = len(requests)
-        answers: list[str] = super().generate_until(requests, disable_tqdm=True)
-        return answers
+        texts: list[str] = super().generate_until(requests, disable_tqdm=True)
+        return texts
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> Any:
         # A model reads all but the last token of prompt and continuation.

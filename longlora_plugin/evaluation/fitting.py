@@ -14,7 +14,7 @@ from unittest import mock
 
 from longlora_plugin.evaluation.sweep import NotMeasurable
 
-ROOM = {"niah": 128, "ruler_cwe": 120, "ruler_vt": 30}
+ANSWER_TOKENS = {"niah": 128, "ruler_cwe": 120, "ruler_vt": 30}
 """Tokens that the generators leave for the answer."""
 FEWEST_FOR_FWE = 200
 """fwe draws from a word for every 50 tokens, and asks for the second to the fourth."""
@@ -32,15 +32,15 @@ class FittingTokenizer:
                 f"{task} at {length}: no row, it has no three words to ask for below "
                 f"{FEWEST_FOR_FWE} tokens; give a longer length"
             )
-        room = next((n for name, n in ROOM.items() if task.startswith(name)), None)
+        answer = next((n for name, n in ANSWER_TOKENS.items() if task.startswith(name)), None)
         self._limit: int | None = None
-        if room is not None:
-            if length <= room:
+        if answer is not None:
+            if length <= answer:
                 raise NotMeasurable(
-                    f"{task} at {length}: no row, {room} tokens are for the answer alone; "
+                    f"{task} at {length}: no row, {answer} tokens are for the answer alone; "
                     "give a longer length"
                 )
-            self._limit = (EXAMPLE if task == "ruler_vt" else length) - room
+            self._limit = (EXAMPLE if task == "ruler_vt" else length) - answer
         self._calls = 0
         self._most = 20_000 + length
 
@@ -54,7 +54,7 @@ class FittingTokenizer:
             raise self._does_not_fit(tokens)
         self._limit = None
         if self._task == "ruler_vt" and text.endswith("\n\n"):
-            self._limit = self._length - ROOM["ruler_vt"] - tokens
+            self._limit = self._length - ANSWER_TOKENS["ruler_vt"] - tokens
             if self._limit <= 0:
                 raise self._does_not_fit(tokens)
         self._calls += 1
@@ -65,7 +65,7 @@ class FittingTokenizer:
     def _does_not_fit(self, tokens: int) -> NotMeasurable:
         return NotMeasurable(
             f"{self._task} at {self._length}: no row, its shortest text has {tokens} tokens in "
-            "this tokenizer, and needs room for the answer; give a longer length"
+            "this tokenizer, and needs space for the answer; give a longer length"
         )
 
     def check(self) -> None:

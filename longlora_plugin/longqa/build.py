@@ -51,7 +51,7 @@ class Builder:
 
     Args:
         source: a file or a folder of documents.
-        out: the data file, `.jsonl`; two more stand beside it (see `journal`).
+        out: the data file, `.jsonl`; two more are next to it (see `journal`).
         settings: what decides the rows.
         tokenizer: a transformers tokenizer; measures everything.
         reader: reads the files.
@@ -130,8 +130,8 @@ class Builder:
             if unit.name not in journal.units:
                 self.report.to_ask += 1
                 if self.endpoint is not None:
-                    held = self.composer.estimate(unit)
-                    prompt, completion = prompt + held[0], completion + held[1]
+                    most = self.composer.estimate(unit)
+                    prompt, completion = prompt + most[0], completion + most[1]
         self.report.tokens = (prompt, completion)
         return self.report
 
@@ -148,7 +148,7 @@ class Builder:
             if self.out.exists() and self.out.stat().st_size:
                 raise ValueError(
                     f"{self.out} exists and was not made by this command (no "
-                    f"{journal.path.name} beside it); write to another file"
+                    f"{journal.path.name} next to it); write to another file"
                 )
             if write:
                 journal.write("settings", "", now)
@@ -225,9 +225,9 @@ class Builder:
                 report.skipped[name] = str(error)
                 self.notify(report)
                 continue
-            twin = exact.get(document.digest) or texts.find(document.text)
-            if twin:
-                report.duplicates[name] = twin
+            earlier = exact.get(document.digest) or texts.find(document.text)
+            if earlier:
+                report.duplicates[name] = earlier
                 continue
             exact[document.digest] = name
             texts.add(name, document.text)

@@ -28,7 +28,7 @@ class CannotWrite(Exception):
 
     def __init__(self, path: Path, why: object) -> None:
         super().__init__(
-            f"{path} cannot be written: {why}; what was finished before is kept, so make room "
+            f"{path} cannot be written: {why}; what was finished before is kept, so free some space "
             "and give the same command again"
         )
 

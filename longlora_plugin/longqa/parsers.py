@@ -235,7 +235,7 @@ _CHAPTER = re.compile(
 
 
 def kind_of(text: str) -> str:
-    """The kind of a document (one of KINDS), from what stands in it."""
+    """The kind of a document (one of KINDS), from its text."""
     start = text[: max(6000, len(text) // 10)]
     has_abstract = re.search(r"(?im)^[^\w\n]*abstract\b", start)
     if has_abstract and re.search(

@@ -1,4 +1,4 @@
-"""What keeps a pair out: evidence that does not stand in the document, and near-duplicates."""
+"""What keeps a pair out: evidence that is not in the document, and near-duplicates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PERMUTATIONS = 128
 
 
 def has_evidence(quotes: Sequence[str], text: str, edits: int = 0) -> bool:
-    """Whether there is a quote and every quote stands in `text`; white space counts as one space.
+    """Whether there is a quote and every quote is in `text`; white space counts as one space.
 
     Args:
         edits: characters that may differ (Levenshtein distance to the best place in `text`).
@@ -30,12 +30,12 @@ def has_evidence(quotes: Sequence[str], text: str, edits: int = 0) -> bool:
     flat = " ".join(text.split())
     found = [" ".join(quote.split()) for quote in quotes]
     return bool(found) and all(
-        width(quote.replace(" ", "")) >= SHORTEST_EVIDENCE and _stands(quote, flat, edits)
+        width(quote.replace(" ", "")) >= SHORTEST_EVIDENCE and _is_in(quote, flat, edits)
         for quote in found
     )
 
 
-def _stands(quote: str, text: str, edits: int) -> bool:
+def _is_in(quote: str, text: str, edits: int) -> bool:
     if quote in text:
         return True
     if edits == 0:

@@ -44,7 +44,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Window:
-    """What of a document stands in one row.
+    """What one row has of a document.
 
     Attributes:
         index: 0, 1, … in reading order.

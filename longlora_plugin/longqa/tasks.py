@@ -1,13 +1,13 @@
 """Questions made from the text itself, without a model: retrieval over the whole context.
 
-Six tasks. Each asks for something that stands in the window once, at a place drawn evenly from all
-places that would do, and answers with text or names that stand there too:
+Six tasks. Each asks for something that is in the window once, at a place drawn evenly from all
+places that would do, and answers with text or names that are there too:
 
 - `who_said`: whose words a quoted speech is;
 - `what_follows`: the sentence after a given one;
 - `fill_name`: the name left out of a sentence;
 - `find_needle`: the one sentence with a given rare word;
-- `order_of_events`: in which order given sentences stand;
+- `order_of_events`: in which order given sentences come;
 - `multi_hop`: a name left out in one section, then what another section first says of that name.
 
 Names and speech are known by capital letters and quotation marks, so texts in scripts without
@@ -89,10 +89,10 @@ class Material:
     """A window taken apart for the tasks.
 
     Attributes:
-        parts: the sentences of each section that stand once in the window and are fit to quote,
+        parts: the sentences of each section that occur once in the window and are fit to quote,
             with the sentence that follows each (None at the section's end).
         found: how many sentences there are, fit or not.
-        words: how often each word (`scripts.terms`) stands in the window, case aside.
+        words: how often each word (`scripts.terms`) occurs in the window, case aside.
     """
 
     window: Window
@@ -123,7 +123,7 @@ class Material:
 
     @property
     def names(self) -> list[str]:
-        """Names that stand in the window at least twice: people and places."""
+        """Names that occur in the window at least twice: people and places."""
         if self._names is None:
             # A capital inside a sentence, on a word that the window never writes small.
             inner = regex.findall(r"(?<=[\p{Ll},;] )\p{Lu}[\p{Ll}’'-]{2,}", self.window.text)
@@ -196,7 +196,7 @@ def _mentions(sentence: str, name: str) -> bool:
 
 
 def fill_name(material: Material, rng: random.Random) -> Pair | None:
-    """The name left out of a sentence that stands in the text."""
+    """The name left out of a sentence of the text."""
     names = set(material.names)
     usable = [
         (text, hit)
@@ -219,7 +219,7 @@ def fill_name(material: Material, rng: random.Random) -> Pair | None:
 
 
 def find_needle(material: Material, rng: random.Random) -> Pair | None:
-    """The one sentence with a word that stands nowhere else."""
+    """The one sentence with a word that occurs nowhere else."""
     holders = []
     for text, _ in material.all:
         rare = [
@@ -244,7 +244,7 @@ def find_needle(material: Material, rng: random.Random) -> Pair | None:
 
 
 def order_of_events(material: Material, rng: random.Random) -> Pair | None:
-    """In which order three or four sentences stand in the text."""
+    """In which order three or four sentences come in the text."""
     found = [text for text, _ in material.all]
     wanted = 4 if len(found) >= 12 else 3
     if len(found) < 2 * wanted:

@@ -63,7 +63,7 @@ class Composer:
         tokenizer: a transformers tokenizer; measures everything.
 
     Raises:
-        ValueError: the context leaves no room for a document.
+        ValueError: the context leaves no space for a document.
     """
 
     def __init__(self, settings: Settings, tokenizer: Any) -> None:

@@ -1,7 +1,7 @@
 """How a row is phrased: the document, then a question about it, for each kind of document.
 
 LongAlpaca's rows have two keys, `instruction` and `output`; the chat layout says the same as
-`messages`. Both load with Axolotl's stock dataset types (`alpaca`, `chat_template`).
+`messages`. Both load with Axolotl's own dataset types (`alpaca`, `chat_template`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FRAMES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# What Axolotl's stock `type: alpaca` puts around a row; it counts towards the context.
+# What Axolotl's own `type: alpaca` puts around a row; it counts towards the context.
 _ALPACA_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"

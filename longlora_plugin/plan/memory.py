@@ -1,6 +1,6 @@
 """GPU memory of a training run, by part. Checked against LongLoRA's Table 12.
 
-What is held, in bytes; T trained parameters, P all of them, N tokens of a batch, d width, f FFN
+What takes memory, in bytes; T trained parameters, P all of them, N tokens of a batch, d width, f FFN
 width, V vocabulary, L layers, `shard` GPUs that share a part:
 
 weights      2 P in bf16/fp16; NF4 with double quantization 0.5 + 1/64 + 4/(64·256) = 0.516 for a
@@ -164,7 +164,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """What nvidia-smi shows while there is room."""
+        """What nvidia-smi shows while the GPU is not full."""
         return sum(asdict(self).values())
 
     @property
@@ -256,10 +256,10 @@ def memory(shape: ModelShape, parameters: Parameters, training: Training) -> Mem
     states, state_bytes = OPTIMIZERS[training.optimizer]
     master = 4 if deepspeed else 0
     optimizer_width = 4 if deepspeed else trained_width
-    held = master + states * (optimizer_width if state_bytes is None else state_bytes)
+    optimizer_bytes = master + states * (optimizer_width if state_bytes is None else state_bytes)
     step = training.optimizer_temporaries * optimizer_width + (width + 4 if deepspeed else 0)
     if training.offload_optimizer:
-        held = step = 0
+        optimizer_bytes = step = 0
         gradients = 0.0 if gradient_shard > 1 else gradients
     if deepspeed and training.gpus > 1:
         bucket = training.bucket_elements
@@ -271,7 +271,7 @@ def memory(shape: ModelShape, parameters: Parameters, training: Training) -> Mem
     return Memory(
         weights=weights,
         gradients=gradients,
-        optimizer=trained * held / optimizer_shard,
+        optimizer=trained * optimizer_bytes / optimizer_shard,
         buffers=buffers,
         step=trained * step / optimizer_shard,
         activations=activations,

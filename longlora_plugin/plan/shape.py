@@ -2,7 +2,7 @@
 
 transformers builds the model on the `meta` device from its config alone: every parameter has its
 shape and no memory, so the counts are exact for any family (bias or not, tied or not, mixtures of
-experts, several norms a layer) without a rule for each. Weights are told apart by where they stand:
+experts, several norms a layer) without a rule for each. Weights are told apart by where they are:
 under an attention module, in experts, in the output head, or elsewhere in the decoder (the FFN).
 """
 

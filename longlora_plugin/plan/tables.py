@@ -88,7 +88,7 @@ def _print_memory(out: Any, plan: Plan) -> None:
         out.print(_verdict(plan))
         _print_remedies(out, plan)
     else:
-        table = _table(f"On {plan.gpus} × …", "GPU", "fits", "longest with room", "longest")
+        table = _table(f"On {plan.gpus} × …", "GPU", "fits", "longest with space", "longest")
         for row in plan.by_gpu:
             word = "no" if not row.fits else "tight" if row.tight else "yes"
             longest = (row.comfortable_sequence_len, row.largest_sequence_len)
@@ -156,6 +156,6 @@ def _verdict(plan: Plan) -> str:
     else:
         word = f"fits {where}"
     return (
-        f"{word}; longest sequence_len: {plan.comfortable_sequence_len:,} with room for "
+        f"{word}; longest sequence_len: {plan.comfortable_sequence_len:,} with space for "
         f"fragments, {plan.largest_sequence_len:,} at most"
     )

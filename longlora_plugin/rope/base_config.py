@@ -111,7 +111,7 @@ def contexts_of(base_config: Any, given: int | None = None) -> tuple[int, int]:
 
 
 def linear_maximum_of(layer: Mapping[str, Any], maximum: int) -> str:
-    """Whether the maximum beside a linear factor is the "scaled" or "unscaled" one, or "unclear".
+    """Whether the maximum next to a linear factor is the "scaled" or "unscaled" one, or "unclear".
 
     A maximum of 4096 with a factor of 8 cannot be the scaled one: no Llama was pretrained on 512
     tokens. With a factor of 2 it is LLaMA 1 extended, or Llama 2 whose maximum was left alone.

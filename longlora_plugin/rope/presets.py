@@ -40,7 +40,7 @@ class RopeRequest:
         pretrained_context: tokens of the base model's pretraining, before any scaling.
         base_context: tokens the base model handles as it is.
         target_context: tokens to extend to.
-        options: what the recipe says beside the preset's name.
+        options: what the recipe says in addition to the preset's name.
         layer_type: the layer type `base` is for, where the model has several; else None.
     """
 
@@ -290,7 +290,7 @@ def _only(request: RopeRequest, *allowed: str) -> None:
             near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
             if name == "original_max_position_embeddings":
-                hint = "write original_context: <tokens> beside rope: instead. "
+                hint = "write original_context: <tokens> next to rope: instead. "
             valid = ", ".join((*allowed, "replace")) if request.preset != "none" else "none at all"
             raise ValueError(
                 f"rope: {request.preset} has no option {name!r}; {hint}Options: {valid}"

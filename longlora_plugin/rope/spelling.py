@@ -3,10 +3,10 @@
 transformers 5 reads `rope_parameters`; transformers 4, MLX, mistral.rs and most converters read
 `rope_theta` and `rope_scaling` at the top, and silently take the unscaled RoPE where these are
 missing. So both are written. In transformers 5 a `rope_scaling` in the file *replaces*
-`rope_parameters`, hence it is complete: everything but θ and the rotated share, which stand at
-the top.
+`rope_parameters`, hence it is complete: everything but θ and the rotated share, which are
+written at the top.
 
-The original context stands inside `rope_scaling`. At the top as well it is read by
+The original context is inside `rope_scaling`. At the top as well it is read by
 
 - `longrope`: transformers 4 finds it nowhere else. vLLM then serves the original context unless
   `--max-model-len` says more, which is seen at once; wrong frequencies are not.
