@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.plan.flops import forward_flops, step_flops_ratio
+from longlora_plugin.plan.flops import StepKind, forward_flops, step_flops_ratio
 from longlora_plugin.plan.gpus import GPUS
 from longlora_plugin.plan.memory import GIB, Training, memory
 from longlora_plugin.plan.parameters import Parameters, count_parameters
@@ -159,7 +159,7 @@ def speed_ups() -> list[tuple[int, float, float]]:
         (
             length,
             TABLE_12_HOURS["LoRA"][length] / TABLE_12_HOURS["LongLoRA"][length],
-            step_flops_ratio(shape, length, length // 4, lora_weights=lora),
+            step_flops_ratio(shape, length, length // 4, StepKind(lora_weights=lora)),
         )
         for length in LENGTHS
     ]

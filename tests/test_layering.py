@@ -68,12 +68,6 @@ READS_RECIPES = ("run/", "recipes/", "cli/", "host/", "plugin.py", "plan/from_re
 
 FILE_LINES, FUNCTION_LINES = 400, 60
 
-TOO_LONG = {
-    "longlora_plugin/plan/parameters.py::count_parameters",
-    "longlora_plugin/rope/resolve.py::resolve_rope",
-}
-"""Exceptions, to become none."""
-
 
 def relative(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
@@ -209,7 +203,7 @@ def oversized() -> Iterator[str]:
 
 
 def test_files_and_functions_are_short():
-    assert set(oversized()) == TOO_LONG, "split it; or delete the exception"
+    assert not set(oversized()), "split it"
 
 
 @pytest.mark.parametrize("folder", ["longlora_plugin", "tests", "benchmarks", "examples", "docs"])

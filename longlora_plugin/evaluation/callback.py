@@ -100,8 +100,6 @@ class LongContextCallback(TrainerCallback):
             base model is measured, without it the model as training starts.
         buckets: see `windows.bucket_edges_for`.
         continues_adapter: whether training starts from an adapter that was trained before.
-        tolerance: share above the base model's perplexity at its own context that is warned of.
-        warn: receives the warning.
     """
 
     def __init__(
@@ -114,8 +112,6 @@ class LongContextCallback(TrainerCallback):
         base_config: Any = None,
         buckets: int | Sequence[int] | None = None,
         continues_adapter: bool = False,
-        tolerance: float = TOLERANCE,
-        warn: Callable[[str], None] = LOG.warning,
     ) -> None:
         if every_steps < 1:
             raise ValueError(f"every_steps {every_steps}: write 1 or more")
@@ -126,8 +122,6 @@ class LongContextCallback(TrainerCallback):
         self.edges = bucket_edges_for(windows.shape[1], buckets, base_context)
         self.base_context = min(base_context, windows.shape[1])
         self.continues_adapter = continues_adapter
-        self.tolerance = tolerance
-        self.warn = warn
         self.base_perplexity: float | None = None
         self._warned = False
         self._measured_at = -1
@@ -168,12 +162,12 @@ class LongContextCallback(TrainerCallback):
         self.log(figures)
         now = self._near_original(losses)
         base = self.base_perplexity
-        if base is not None and now > base * (1 + self.tolerance) and not self._warned:
+        if base is not None and now > base * (1 + TOLERANCE) and not self._warned:
             self._warned = True
-            self.warn(
+            LOG.warning(
                 f"longlora: step {state.global_step}: perplexity at {self.base_context} "
                 f"tokens is {now:.2f}, {now / base - 1:.0%} above the base model's {base:.2f} "
-                f"(more than {self.tolerance:.0%}): the model is losing what it could do at its "
+                f"(more than {TOLERANCE:.0%}): the model is losing what it could do at its "
                 f"own context. {self._advice(model)}"
             )
 

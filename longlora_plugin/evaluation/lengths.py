@@ -15,7 +15,7 @@ from typing import Any
 from longlora_plugin.evaluation.data import Corpus
 from longlora_plugin.evaluation.loading import LoadedModel, ModelSource
 from longlora_plugin.evaluation.options import PerplexityOptions
-from longlora_plugin.evaluation.perplexity import Scores, score_documents
+from longlora_plugin.evaluation.perplexity import Execution, Scores, score_documents
 from longlora_plugin.evaluation.processes import Processes
 from longlora_plugin.evaluation.results import Row
 from longlora_plugin.evaluation.sweep import Cell, Experiment
@@ -139,12 +139,7 @@ class PerplexityByLength(Experiment):
             stride=self.options.stride_for(length),
             score=self.options.score,
             edges=self._edges(length),
-            batch_size=self.options.batch_size,
-            device=model.device,
-            rank=self.processes.rank,
-            processes=self.processes.count,
-            gather=self.processes.gather,
-            on_progress=progress,
+            execution=Execution(self.options.batch_size, model.device, self.processes, progress),
         )
         self._losses = scores.token_losses
         if not math.isfinite(scores.perplexity):

@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from longlora_plugin.evaluation.processes import ALONE, Processes
 from longlora_plugin.evaluation.windows import ScoreMode, Window, sliding_windows
 
 CHUNK_ELEMENTS = 2**25
-"""Float32 logits held at a time: 128 MiB."""
+"""Float32 logits in memory at a time: 128 MiB."""
 
 BATCH_TOKENS = 8192
 """Tokens in a forward pass where no batch size is given; a window is never split."""
@@ -206,6 +207,26 @@ def bootstrap(
     return Interval(_exp(low), _exp(high), over)
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How windows go through the model; no figure depends on it.
+
+    Attributes:
+        batch_size: windows in a forward pass; None for as many as make `BATCH_TOKENS` tokens.
+        device: where the model's input goes.
+        processes: this process takes every `processes.count`-th batch.
+        on_progress: told, after each batch, its tokens and those of this process in all.
+    """
+
+    batch_size: int | None = None
+    device: torch.device | str = "cpu"
+    processes: Processes = ALONE
+    on_progress: Callable[[int, int], None] = lambda tokens, total: None
+
+
+AS_IT_IS = Execution()
+
+
 def score_documents(
     model: nn.Module,
     documents: Sequence[NDArray[np.int32]],
@@ -214,24 +235,15 @@ def score_documents(
     stride: int,
     score: ScoreMode = "new",
     edges: Sequence[int] | None = None,
-    batch_size: int | None = None,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    processes: int = 1,
-    gather: Callable[[list[Any]], list[Any]] = lambda items: items,
-    on_progress: Callable[[int, int], None] = lambda tokens, total: None,
+    execution: Execution = AS_IT_IS,
 ) -> Scores:
     """Read documents through sliding windows and score their tokens.
 
     Args:
-        model: a causal language model on `device`; it is put into evaluation mode.
+        model: a causal language model; it is put into evaluation mode.
         documents: token ids [tokens], one array a document.
         length, stride, score: see `windows.sliding_windows`.
         edges: bucket edges; None for one bucket.
-        batch_size: windows in a forward pass; None for as many as make `BATCH_TOKENS` tokens.
-        rank, processes, gather: this process takes every `processes`-th batch; `gather` joins
-            what all processes found, in any order.
-        on_progress: told, after each batch, its tokens and those of this process in all.
 
     Raises:
         ValueError: no window fits.
@@ -241,25 +253,27 @@ def score_documents(
     if not windows:
         raise ValueError(f"no document has the {length} tokens of a window")
     model.eval()
-    batches = list(_batches(windows, batch_size or max(1, BATCH_TOKENS // length)))
+    processes = execution.processes
+    batches = list(_batches(windows, execution.batch_size or max(1, BATCH_TOKENS // length)))
     parts: list[Any] = []
     whole_logits: bool | None = None
-    mine = batches[rank::processes]
+    mine = batches[processes.rank :: processes.count]
     total = sum(windows[w].read for batch in mine for w in batch)
     for batch in mine:
         ids = torch.from_numpy(
             np.stack(
                 [documents[windows[w].document][windows[w].start : windows[w].end] for w in batch]
             ).astype(np.int64)
-        ).to(device)
+        ).to(execution.device)
         with torch.inference_mode():
             if whole_logits is None:
                 whole_logits = not _splits_into_decoder_and_head(model, ids[:1, :8])
             losses = token_losses(model, ids, whole_logits=whole_logits).cpu().numpy()
         for row, w in zip(losses, batch, strict=True):
             parts.append((w, *_summary(windows[w], row, edges, score)))
-        on_progress(ids.numel(), total)
-    return _scores(windows, edges, gather(parts), [len(document) for document in documents])
+        execution.on_progress(ids.numel(), total)
+    lengths = [len(document) for document in documents]
+    return _scores(windows, edges, processes.gather(parts), lengths)
 
 
 def _batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[int]]:

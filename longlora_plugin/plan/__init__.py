@@ -6,7 +6,7 @@ together, `tables` and `plot` show it. LongLoRA (arXiv 2309.12307), Tables 11 an
 account in `benchmarks/paper.py`.
 """
 
-from longlora_plugin.plan.flops import Flops, forward_flops, step_flops, step_flops_ratio
+from longlora_plugin.plan.flops import Flops, StepKind, forward_flops, step_flops, step_flops_ratio
 from longlora_plugin.plan.gpus import GPUS, Gpu, find_gpu
 from longlora_plugin.plan.memory import Memory, Training, memory
 from longlora_plugin.plan.parameters import Parameters, count_parameters
@@ -30,6 +30,7 @@ __all__ = [
     "Parameters",
     "Plan",
     "Run",
+    "StepKind",
     "Training",
     "count_parameters",
     "find_gpu",

@@ -55,6 +55,28 @@ class Flops:
         return {**parts, "total": self.total / TERA}
 
 
+@dataclass(frozen=True)
+class StepKind:
+    """How a training step computes.
+
+    Attributes:
+        trains_base: the model's own matrices are trained (full fine-tune).
+        lora_weights: elements of the LoRA matrices; counted with the projections.
+        checkpointing: layers are computed again in the backward pass.
+        flash: attention recomputes its scores in the backward pass.
+        tiled_mlp: the FFN runs forward once more in its backward pass, tile by tile.
+    """
+
+    trains_base: bool = False
+    lora_weights: int = 0
+    checkpointing: bool = True
+    flash: bool = True
+    tiled_mlp: bool = False
+
+
+USUAL_STEP = StepKind()
+
+
 def _pairs_in_row(length: int) -> int:
     return length * (length + 1) // 2
 
@@ -126,48 +148,39 @@ def step_flops(
     shape: ModelShape,
     length: int,
     group_size: int | None = None,
+    kind: StepKind = USUAL_STEP,
     *,
-    trains_base: bool = False,
-    lora_weights: int = 0,
-    checkpointing: bool = True,
-    flash: bool = True,
-    tiled_mlp: bool = False,
     causal: bool = True,
     pattern: AttentionPattern = S2,
 ) -> Flops:
     """FLOPs of forward, recomputation and backward over one document.
 
     A frozen matrix costs one product of its forward size in the backward pass (its input's
-    gradient), a trained one two. With checkpointing the layers run forward once more.
-
-    Args:
-        trains_base: the model's own matrices are trained (full fine-tune).
-        lora_weights: elements of the LoRA matrices; counted with the projections.
-        flash: attention recomputes its scores in the backward pass.
-        tiled_mlp: the FFN runs forward once more in its backward pass, tile by tile.
-        causal: as in `forward_flops`.
+    gradient), a trained one two. With checkpointing the layers run forward once more. `group_size`
+    and `causal` are as in `forward_flops`.
     """
     forward = forward_flops(shape, length, group_size, causal=causal, pattern=pattern)
-    again = 1 if checkpointing else 0
-    backward = 2 if trains_base else 1
+    again = 1 if kind.checkpointing else 0
+    backward = 2 if kind.trains_base else 1
     head = 2.0 * length * shape.head_weights
     return Flops(
-        attention=forward.attention * (1 + again + (FLASH_BACKWARD if flash else 2)),
+        attention=forward.attention * (1 + again + (FLASH_BACKWARD if kind.flash else 2)),
         projections=forward.projections * (1 + again + backward)
-        + 2.0 * length * lora_weights * (3 + again),
-        ffn=forward.ffn * (1 + again + backward + (1 if tiled_mlp else 0)),
+        + 2.0 * length * kind.lora_weights * (3 + again),
+        ffn=forward.ffn * (1 + again + backward + (1 if kind.tiled_mlp else 0)),
         others=head * (1 + backward) + (forward.others - head) * (2 + again),
     )
 
 
 def step_flops_ratio(
-    shape: ModelShape, length: int, group_size: int, *, causal: bool = True, **step: bool | int
+    shape: ModelShape,
+    length: int,
+    group_size: int,
+    kind: StepKind = USUAL_STEP,
 ) -> float:
     """How many times the FLOPs of an S² training step a full-attention step takes.
 
-    With `causal` this is the expected speed-up where the arithmetic sets the pace; options as in
-    `step_flops`.
+    This is the expected speed-up where the arithmetic sets the pace.
     """
-    full = step_flops(shape, length, None, causal=causal, **step)  # type: ignore[arg-type]
-    sparse = step_flops(shape, length, group_size, causal=causal, **step)  # type: ignore[arg-type]
-    return full.total / sparse.total
+    full = step_flops(shape, length, None, kind)
+    return full.total / step_flops(shape, length, group_size, kind).total

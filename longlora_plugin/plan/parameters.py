@@ -20,7 +20,7 @@ class Parameters:
     Attributes:
         base: of the base model, tied weights once.
         lora: of the LoRA matrices.
-        copies: of the modules trained as a whole beside LoRA.
+        copies: of the modules trained as a whole in addition to LoRA.
         trained_base: parameters of the base model itself that are trained (full fine-tune).
         quantizable: elements of the matrices that bitsandbytes quantizes: every linear layer
             except the output head.
@@ -61,16 +61,31 @@ def _is_target(name: str, targets: Sequence[str] | str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _targets(model: Any, target_modules: Sequence[str] | str) -> list[Any]:
+def _linear_layers(model: Any) -> list[tuple[str, Any]]:
+    """Every linear layer but the output head, with its name."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    kinds = (nn.Linear, nn.Embedding, Conv1D)
-    named = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+
+
+def _targets(model: Any, target_modules: Sequence[str] | str) -> list[Any]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
     if target_modules == "all-linear":
-        return [m for _, m in named if not isinstance(m, nn.Embedding) and m is not head]
-    return [module for name, module in named if _is_target(name, target_modules)]
+        return [module for _, module in _linear_layers(model)]
+    kinds = (nn.Linear, nn.Embedding, Conv1D)
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and _is_target(name, target_modules)
+    ]
 
 
 def count_parameters(
@@ -92,22 +107,16 @@ def count_parameters(
             `all-linear`.
         target_parameters: parameters (fused experts) that LoRA targets by name.
         dora: one magnitude more for each output of a target.
-        saved_modules: names of modules trained as a whole beside LoRA, in full or from the end.
+        saved_modules: names of modules trained as a whole in addition to LoRA, in full or from the end.
         unfrozen: regular expressions of the only parameters a full fine-tune trains; all if empty.
 
     Raises:
         ValueError: LoRA's targets match nothing in this model.
     """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    head = model.get_output_embeddings()
     base = {name: p.numel() for name, p in model.named_parameters()}
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    linear = [module for _, module in _linear_layers(model)]
     layers = _decoder_layers(model)
-    in_layers = _numel(layers)
     largest_layer = max((_numel([layer]) for layer in layers), default=0)
-
     lora = copies = trained_base = 0
     if lora_r is None:
         trained_base = sum(
@@ -116,29 +125,8 @@ def count_parameters(
             if not unfrozen or any(re.match(pattern.split("[")[0], name) for pattern in unfrozen)
         )
     else:
-        targets = _targets(model, target_modules)
-        fused = [
-            p
-            for name, p in model.named_parameters()
-            if any(name == t or name.endswith("." + t) for t in target_parameters)
-        ]
-        if not targets and not fused:
-            names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if m in linear})
-            raise ValueError(
-                f"lora_target_modules: {target_modules!r} match no module of this model; "
-                f"its linear layers are called {', '.join(names)}"
-            )
-        for module in targets:
-            rows, columns = module.weight.shape
-            lora += lora_r * (rows + columns) + (rows if dora else 0)
-        for parameter in fused:
-            *experts, rows, columns = parameter.shape
-            lora += lora_r * (rows + columns) * (experts[0] if experts else 1)
-        copies = _numel(
-            module
-            for name, module in model.named_modules()
-            if any(name == s or name.endswith("." + s) for s in saved_modules)
-        )
+        lora = _lora_elements(model, lora_r, target_modules, target_parameters, dora)
+        copies = _numel(m for name, m in model.named_modules() if _is_target(name, saved_modules))
     return Parameters(
         base=sum(base.values()),
         lora=lora,
@@ -147,9 +135,34 @@ def count_parameters(
         quantizable=sum(m.weight.numel() for m in linear),
         quantizable_rows=sum(m.weight.shape[0] for m in linear),
         largest_matrix=max((m.weight.numel() for m in linear), default=0),
-        largest_unit=max(largest_layer, head.weight.numel()),
-        outside_layers=sum(base.values()) - in_layers,
+        largest_unit=max(largest_layer, model.get_output_embeddings().weight.numel()),
+        outside_layers=sum(base.values()) - _numel(layers),
     )
+
+
+def _lora_elements(
+    model: Any,
+    lora_r: int,
+    target_modules: Sequence[str] | str,
+    target_parameters: Sequence[str],
+    dora: bool,
+) -> int:
+    targets = _targets(model, target_modules)
+    fused = [p for name, p in model.named_parameters() if _is_target(name, target_parameters)]
+    if not targets and not fused:
+        names = sorted({name.rsplit(".", 1)[-1] for name, _ in _linear_layers(model)})
+        raise ValueError(
+            f"lora_target_modules: {target_modules!r} match no module of this model; "
+            f"its linear layers are called {', '.join(names)}"
+        )
+    lora = 0
+    for module in targets:
+        rows, columns = module.weight.shape
+        lora += lora_r * (rows + columns) + (rows if dora else 0)
+    for parameter in fused:
+        *experts, rows, columns = parameter.shape
+        lora += lora_r * (rows + columns) * (experts[0] if experts else 1)
+    return lora
 
 
 def _decoder_layers(model: Any) -> list[Any]:

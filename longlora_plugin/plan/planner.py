@@ -8,7 +8,7 @@ from typing import Any
 
 from longlora_plugin.attention.layout import AttentionPattern
 from longlora_plugin.plan.cost import FLOPS_SHARE, Cost, Rate, Steps, cost_of
-from longlora_plugin.plan.flops import forward_flops, step_flops
+from longlora_plugin.plan.flops import StepKind, forward_flops, step_flops
 from longlora_plugin.plan.from_recipe import (
     attention_of,
     model_of,
@@ -104,11 +104,13 @@ class Run:
             self.shape,
             length,
             group_size,
-            trains_base=self.parameters.trained_base > 0,
-            lora_weights=self.parameters.lora,
-            checkpointing=self.training.checkpointing,
-            flash=not self.stores_scores,
-            tiled_mlp=self.training.mlp_tiles > 1,
+            StepKind(
+                trains_base=self.parameters.trained_base > 0,
+                lora_weights=self.parameters.lora,
+                checkpointing=self.training.checkpointing,
+                flash=not self.stores_scores,
+                tiled_mlp=self.training.mlp_tiles > 1,
+            ),
             pattern=self.pattern,
         ).tera()
 
@@ -248,7 +250,7 @@ def largest_sequence_len(run: Run, gpu: Gpu, *, comfortably: bool = False) -> in
     """The largest multiple of STEP tokens that fits, by bisection; 0 where not even one does.
 
     Args:
-        comfortably: with room for what the allocator fragments.
+        comfortably: with space for what the allocator fragments.
     """
 
     def enough(steps: int) -> bool:

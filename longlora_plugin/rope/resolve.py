@@ -93,39 +93,58 @@ def resolve_rope(
     if not isinstance(replace, bool):
         raise ValueError(f"rope: replace: got {replace!r}; write replace: true, or leave it out")
     config = text_config_of(base_config)
+    before = _parameters_before(preset, config)
+    if preset == "none" and not maximum_of(config):
+        original_context = original_context or target
+    request = _request(
+        str(preset), config, before, target, replace, original_context, options=dict(options)
+    )
+    restart = replace or original_context is not None
+    if original_context is None and (replace or request.stretch > 1) and preset != "none":
+        refuse_linear_of_unclear_maximum(config)
+    if preset == "auto":
+        unchanged = request.stretch == 1 and not replace
+        return _auto(request, config, before, restart, unchanged)
+    return _extend(request, config, before, restart)
+
+
+def _parameters_before(preset: str, config: Any) -> dict[str, Any]:
+    """The base model's `rope_parameters`; empty where it has no RoPE and none is asked for."""
     without = why_no_rope(config)
     if without and preset != "none":
         raise ValueError(
             f"base model type {getattr(config, 'model_type', None) or '(unnamed)'!r} {without}, so "
             f"rope: {preset} has nothing to scale; write rope: none, or take a base with RoPE"
         )
-    before = {} if without else rope_parameters_of(config)
+    return {} if without else rope_parameters_of(config)
+
+
+def _request(
+    preset: str,
+    config: Any,
+    before: dict[str, Any],
+    target: int,
+    replace: bool,
+    original_context: int | None,
+    options: dict[str, Any],
+) -> RopeRequest:
+    """What the preset needs to know."""
     layer_type, layer = extended_layer(before)
-    if preset == "none" and not maximum_of(config):
-        original_context = original_context or target
     original, supported = contexts_of(config, None if replace else original_context)
     if replace:
         supported = original = original_context or original
         layer = {key: value for key, value in layer.items() if key not in SCALING_KEYS}
         layer["rope_type"] = "default"
-    request = RopeRequest(
-        preset=str(preset),
+    return RopeRequest(
+        preset=preset,
         base=layer,
         rotary_dim=rotary_dim_of(config),
         pretrained_context=original,
         base_context=supported,
         target_context=target,
-        options=dict(options),
+        options=options,
         layer_type=layer_type,
     )
-    restart = replace or original_context is not None
-    if original_context is None and (replace or request.stretch > 1) and preset != "none":
-        refuse_linear_of_unclear_maximum(config)
-    if preset == "auto":
-        return _auto(
-            request, config, before, restart, unchanged=request.stretch == 1 and not replace
-        )
-    return _extend(request, config, before, restart)
 
 
 def _auto(

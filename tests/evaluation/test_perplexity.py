@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from longlora_plugin.evaluation import perplexity
-from longlora_plugin.evaluation.perplexity import bootstrap, score_documents, token_losses
+from longlora_plugin.evaluation.perplexity import (
+    Execution,
+    bootstrap,
+    score_documents,
+    token_losses,
+)
+from longlora_plugin.evaluation.processes import ALONE, Processes
+
+TWO = Execution(batch_size=2)
 
 
 def document(*tokens):
@@ -48,7 +56,7 @@ def test_bigram_perplexity_equals_the_hand_computed_one():
     expected = math.prod(probabilities) ** (-1 / 6)
     for length, stride in [(7, 7), (4, 2), (3, 1), (2, 2), (5, 5)]:
         scores = score_documents(
-            bigram(table), [document(*tokens)], length=length, stride=stride, batch_size=2
+            bigram(table), [document(*tokens)], length=length, stride=stride, execution=TWO
         )
         assert scores.perplexity == pytest.approx(expected, rel=1e-6), (length, stride)
         assert scores.tokens.sum() == 6
@@ -134,8 +142,9 @@ def test_no_window_at_all_is_refused():
 def test_batches_do_not_change_the_losses_and_hold_no_padding(batch_size):
     model = by_position(lambda p: 0.2 * p, 16)
     documents = [np.zeros(50, np.int32), np.zeros(23, np.int32)]
-    scores = score_documents(model, documents, length=16, stride=8, batch_size=batch_size)
-    one = score_documents(model, documents, length=16, stride=8, batch_size=1)
+    some, single = Execution(batch_size), Execution(1)
+    scores = score_documents(model, documents, length=16, stride=8, execution=some)
+    one = score_documents(model, documents, length=16, stride=8, execution=single)
     assert np.array_equal(scores.token_losses, one.token_losses)
     if batch_size == 3:
         assert max(rows for rows, _ in model.shapes) == 3
@@ -144,34 +153,36 @@ def test_batches_do_not_change_the_losses_and_hold_no_padding(batch_size):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_parts_of_several_processes_join_to_the_result_of_one(processes, llama):
     documents = [np.arange(70, dtype=np.int32) % 50, np.arange(33, dtype=np.int32)]
-    options = {"length": 16, "stride": 4, "edges": [0, 8, 16], "batch_size": 2}
-    alone = score_documents(llama, documents, **options)
     parts: list = []
+
+    class Earlier(Processes):
+        def gather(self, items):
+            parts.extend(items)
+            raise InterruptedError
+
+    class Last(Processes):
+        def gather(self, items):
+            return items + parts
+
+    class Alone(Processes):
+        def gather(self, items):
+            return items
+
+    def scores(here):
+        how = Execution(batch_size=2, processes=here)
+        return score_documents(
+            llama, documents, length=16, stride=4, edges=[0, 8, 16], execution=how
+        )
+
+    alone = scores(ALONE)
     for rank in range(processes - 1):
         with pytest.raises(InterruptedError):
-            score_documents(
-                llama, documents, rank=rank, processes=processes, gather=_keep(parts), **options
-            )
-    joined = score_documents(
-        llama,
-        documents,
-        rank=processes - 1,
-        processes=processes,
-        gather=lambda own: own + parts,
-        **options,
-    )
+            scores(Earlier(rank, processes, "cpu"))
+    joined = scores(Last(processes - 1, processes, "cpu"))
     assert np.array_equal(joined.token_losses, alone.token_losses)
     assert np.array_equal(joined.bucket_losses, alone.bucket_losses)
     with pytest.raises(RuntimeError, match="twice or not at all"):
-        score_documents(llama, documents, rank=0, processes=processes, **options)
-
-
-def _keep(parts):
-    def gather(own):
-        parts.extend(own)
-        raise InterruptedError
-
-    return gather
+        scores(Alone(0, processes, "cpu"))
 
 
 def plain_losses(model, ids):

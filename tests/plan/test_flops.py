@@ -21,6 +21,7 @@ from transformers import (
 
 from longlora_plugin.plan import (
     ModelShape,
+    StepKind,
     forward_flops,
     meta_model,
     shape_of,
@@ -139,14 +140,14 @@ def test_only_the_full_layers_of_a_mixed_model_get_cheaper() -> None:
 def test_a_step_is_forward_recomputation_and_backward(shape_7b: ModelShape) -> None:
     forward = forward_flops(shape_7b, 4096, causal=True)
     frozen = step_flops(shape_7b, 4096)
-    trained = step_flops(shape_7b, 4096, trains_base=True)
-    kept = step_flops(shape_7b, 4096, checkpointing=False, flash=False)
+    trained = step_flops(shape_7b, 4096, kind=StepKind(trains_base=True))
+    kept = step_flops(shape_7b, 4096, kind=StepKind(checkpointing=False, flash=False))
     assert frozen.ffn == 3 * forward.ffn
     assert trained.ffn == 4 * forward.ffn
     assert kept.ffn == 2 * forward.ffn
     assert frozen.attention == 4.5 * forward.attention
     assert kept.attention == 3 * forward.attention
-    lora = step_flops(shape_7b, 4096, lora_weights=1000)
+    lora = step_flops(shape_7b, 4096, kind=StepKind(lora_weights=1000))
     assert lora.projections - frozen.projections == 2 * 4096 * 1000 * 4
 
 
