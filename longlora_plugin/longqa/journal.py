@@ -28,8 +28,8 @@ class CannotWrite(Exception):
 
     def __init__(self, path: Path, why: object) -> None:
         super().__init__(
-            f"{path} cannot be written: {why}; what was finished before is kept, so free some space "
-            "and give the same command again"
+            f"{path} cannot be written: {why}; what was finished before is kept, so free some "
+            "space and give the same command again"
         )
 
 

@@ -1,7 +1,7 @@
 """GPU memory of a training run, by part. Checked against LongLoRA's Table 12.
 
-What takes memory, in bytes; T trained parameters, P all of them, N tokens of a batch, d width, f FFN
-width, V vocabulary, L layers, `shard` GPUs that share a part:
+What takes memory, in bytes; T trained parameters, P all of them, N tokens of a batch, d width,
+f FFN width, V vocabulary, L layers, `shard` GPUs that share a part:
 
 weights      2 P in bf16/fp16; NF4 with double quantization 0.5 + 1/64 + 4/(64·256) = 0.516 for a
              linear layer's element (4.127 bits), int8 1 and 4 a row; embeddings, head and norms

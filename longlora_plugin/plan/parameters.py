@@ -107,7 +107,8 @@ def count_parameters(
             `all-linear`.
         target_parameters: parameters (fused experts) that LoRA targets by name.
         dora: one magnitude more for each output of a target.
-        saved_modules: names of modules trained as a whole in addition to LoRA, in full or from the end.
+        saved_modules: names of modules trained as a whole in addition to LoRA, in full or from
+            the end.
         unfrozen: regular expressions of the only parameters a full fine-tune trains; all if empty.
 
     Raises:

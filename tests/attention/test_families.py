@@ -182,12 +182,12 @@ and mask functions. This page lists what was checked, with transformers {version
 
 Each row is a tiny random model in float64 (where the family's code asks for float32, it is given
 float64 as well). Its training output and the gradient of every parameter equal those of
-transformers' own model under an explicit mask per head, up to the error shown, which is relative to
-the largest number expected; the test allows {tolerance:.0e}. Moreover, for every row: evaluation is bit for
-bit the original while S²-Attn is enabled, and training is after `remove()`; no token sees a later
-one; rows padded on the left or on the right equal the rows alone; packed documents equal the
-documents alone, or, where the last column says that the original model's other layers mix them, the
-original model under the documents' mask.
+transformers' own model under an explicit mask per head, up to the error shown, which is relative
+to the largest number expected; the test allows {tolerance:.0e}. Moreover, for every row:
+evaluation is bit for bit the original while S²-Attn is enabled, and training is after `remove()`;
+no token sees a later one; rows padded on the left or on the right equal the rows alone; packed
+documents equal the documents alone, or, where the last column says that the original model's other
+layers mix them, the original model under the documents' mask.
 
 Layers with a sliding window shorter than `max_position_embeddings`, with chunks, and those without
 attention keep the original path; `handle.skipped` counts them. Families that are not on this page
