@@ -15,6 +15,7 @@ from typing import Any
 import architecture
 import click
 import engines_table
+import json_tables
 import s2_picture
 import works_with
 import yaml
@@ -257,7 +258,7 @@ def commands_page() -> str:
         command = longlora.get_command(root, name)
         assert command is not None
         parts += _command(command, root, name, level=2)
-    return "\n".join(parts).rstrip() + "\n"
+    return "\n".join(filter(None, parts)).rstrip() + "\n"
 
 
 def _command(command: click.Command, parent: click.Context, name: str, level: int) -> list[str]:
@@ -265,7 +266,7 @@ def _command(command: click.Command, parent: click.Context, name: str, level: in
     context.terminal_width = WIDTH
     title = context.command_path.removeprefix("longlora ")
     help_text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
-    parts = [f"{'#' * level} {title}\n", f"```text\n{help_text}\n```\n"]
+    parts = [f"{'#' * level} {title}\n", f"```text\n{help_text}\n```\n", json_tables.table(title)]
     if isinstance(command, click.Group):
         for child in command.list_commands(context):
             found = command.get_command(context, child)

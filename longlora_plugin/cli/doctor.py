@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ def command(recipe: Path | None, quick: bool, json_path: str | None) -> None:
             recipe, quick=quick, progress=lambda name: status.update(f"trying {name}")
         )
     _print(out, diagnosis)
-    out.write_json(diagnosis.as_json())
+    out.write_json(asdict(diagnosis))
     if diagnosis.problems:
         raise SystemExit(1)
 

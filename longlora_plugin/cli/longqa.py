@@ -66,7 +66,7 @@ def build(source: Path, out: Path, **options: Any) -> None:
     except (ValueError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from error
     _show_report(output, report, source, out, dry_run=options["dry_run"])
-    output.write_json(report.as_json(), "report")
+    output.write_json(vars(report), "report")
     exit_code = report.exit_code
     if options["strict"] and report.skipped and exit_code == 0:
         exit_code = 3
@@ -222,7 +222,7 @@ def stats(
     plot: Path | None,
 ) -> None:
     """Describe LongQA or LongAlpaca FILES: pairs, kinds, lengths, warnings."""
-    from longlora_plugin.longqa.stats import describe, draw, summarize
+    from longlora_plugin.longqa.stats import OfFiles, describe, draw, summarize
 
     output = Output(json_path)
     loaded = _load_tokenizer(tokenizer) if tokenizer else None
@@ -234,10 +234,8 @@ def stats(
         alone.append(summarize(rows, bad, sequence_len=sequence_len))
     total = summarize(every, damaged, sequence_len=sequence_len)
     _show_stats(output, total)
-    per_file = [
-        {"file": str(path), **one.as_json()} for path, one in zip(files, alone, strict=True)
-    ]
-    output.write_json({**total.as_json(), "by_file": per_file})
+    by_file = [{"file": str(path), **vars(one)} for path, one in zip(files, alone, strict=True)]
+    output.write_json(vars(OfFiles(**vars(total), by_file=by_file)))
     if plot:
         if not every:
             raise ValueError("there are no pairs to draw")

@@ -26,12 +26,12 @@ def list_recipes(json_path: str | None) -> None:
     """Recipes of this package and of installed ones."""
     from rich.table import Table
 
-    from longlora_plugin.recipes import available
+    from longlora_plugin.recipes import ListedRow, available
     from longlora_plugin.run.recipe import read_yaml
 
     out = Output(json_path)
     table = Table("name", "base model", "context", "what", "from")
-    rows = []
+    rows: list[ListedRow] = []
     for name, listed in sorted(available().items()):
         raw = read_yaml(listed.path)
         base, length = str(raw.get("base_model")), raw.get("sequence_len")
@@ -155,19 +155,7 @@ def check(
     ]
     for report in reports:
         _print_report(report, err=out.is_piped)
-    out.write_json(
-        [
-            {
-                "path": str(report.path),
-                "ok": report.ok,
-                "problems": report.problems,
-                "warnings": report.warnings,
-                "notes": report.notes,
-                "resolved": report.resolved,
-            }
-            for report in reports
-        ],
-    )
+    out.write_json([report.row() for report in reports])
     ctx.exit(0 if all(report.ok for report in reports) else 1)
 
 

@@ -9,7 +9,7 @@ an evaluation; a launcher where one step of it, in a process of its own, equals 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Diagnosis:
         findings: what is on and what is off in it.
         problems: why the recipe cannot run here; none where it can.
         notes: what else to know.
+        runs: whether the recipe can run here; None without one.
     """
 
     versions: dict[str, str | None]
@@ -45,9 +46,7 @@ class Diagnosis:
     findings: list[Fact] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "runs": None if self.recipe is None else not self.problems}
+    runs: bool | None = None
 
 
 def diagnose(
@@ -83,4 +82,5 @@ def diagnose(
         diagnosis.findings = found.facts
         diagnosis.problems += found.problems
         diagnosis.notes += found.notes
+        diagnosis.runs = not diagnosis.problems
     return diagnosis

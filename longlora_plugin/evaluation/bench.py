@@ -31,7 +31,7 @@ from longlora_plugin.evaluation.loading import LoadedModel, ModelSource
 from longlora_plugin.evaluation.options import BenchOptions
 from longlora_plugin.evaluation.passkey import WORDING
 from longlora_plugin.evaluation.processes import Processes
-from longlora_plugin.evaluation.results import Row
+from longlora_plugin.evaluation.rows import BenchFigures, BenchScores
 from longlora_plugin.evaluation.suites import (
     QUESTIONS_FROM,
     RULER_OFFLINE,
@@ -147,7 +147,9 @@ class Bench(Experiment):
             "lm_eval": version("lm_eval"),
         }
 
-    def measure(self, model: LoadedModel, cell: Cell, progress: Callable[[int, int], None]) -> Row:
+    def measure(
+        self, model: LoadedModel, cell: Cell, progress: Callable[[int, int], None]
+    ) -> BenchFigures:
         task, length = cell["task"], cell["length"]
         language_model = CountingLM(
             model,
@@ -168,20 +170,23 @@ class Bench(Experiment):
                 apply_chat_template=self.options.chat_template,
             )
         counted = self.processes.gather([language_model.counted()])
-        row: Row = self.processes.from_main(None if found is None else self._figures(found, cell))
-        row |= {
-            name: sum(each[name] for each in counted) for name in ("truncated", "beyond_length")
-        }
-        row |= {
-            name: max(each[name] for each in counted)
-            for name in ("longest_prompt", "max_gen_toks", "max_length")
+        scored: BenchScores = self.processes.from_main(
+            None if found is None else self._scored(found, cell)
+        )
+        row: BenchFigures = {
+            **scored,
+            "truncated": sum(each["truncated"] for each in counted),
+            "beyond_length": sum(each["beyond_length"] for each in counted),
+            "longest_prompt": max(each["longest_prompt"] for each in counted),
+            "max_gen_toks": max(each["max_gen_toks"] for each in counted),
+            "max_length": max(each["max_length"] for each in counted),
         }
         self._tell(model.source.label, cell, row)
         if found is not None and self.options.output_path:
             _write_as_lm_eval(found, self.options.output_path, model.source.label)
         return row
 
-    def _figures(self, found: Mapping[str, Any], cell: Cell) -> Row:
+    def _scored(self, found: Mapping[str, Any], cell: Cell) -> BenchScores:
         task, length = cell["task"], cell["length"]
         results = found["results"][task]
         metric, filter_name = _metric_of(results, str(length))
@@ -210,7 +215,7 @@ class Bench(Experiment):
             "lm_eval": version("lm_eval"),
         }
 
-    def _tell(self, label: str, cell: Cell, row: Row) -> None:
+    def _tell(self, label: str, cell: Cell, row: BenchFigures) -> None:
         where = f"{label}, {cell['task']} at {cell['length']}"
         if row["truncated"]:
             self.note(

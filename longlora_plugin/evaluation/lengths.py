@@ -18,6 +18,7 @@ from longlora_plugin.evaluation.options import PerplexityOptions
 from longlora_plugin.evaluation.perplexity import Execution, Scores, score_documents
 from longlora_plugin.evaluation.processes import Processes
 from longlora_plugin.evaluation.results import Row
+from longlora_plugin.evaluation.rows import PerplexityFigures
 from longlora_plugin.evaluation.sweep import Cell, Experiment
 from longlora_plugin.evaluation.token_file import TokenFile
 from longlora_plugin.evaluation.windows import bucket_edges_for, sliding_windows
@@ -129,7 +130,9 @@ class PerplexityByLength(Experiment):
     def can_keep(self, settings: str) -> bool:
         return self.tokens is None or settings in self.tokens.settings()
 
-    def measure(self, model: LoadedModel, cell: Cell, progress: Callable[[int, int], None]) -> Row:
+    def measure(
+        self, model: LoadedModel, cell: Cell, progress: Callable[[int, int], None]
+    ) -> PerplexityFigures:
         length, corpus = cell["length"], self.corpora[model.source.label]
         model.check_ids(corpus.largest_id)
         scores = score_documents(
@@ -150,7 +153,7 @@ class PerplexityByLength(Experiment):
         if self.tokens is not None:
             self.tokens.add(row, self._losses)
 
-    def _figures(self, scores: Scores, corpus: Corpus, length: int) -> Row:
+    def _figures(self, scores: Scores, corpus: Corpus, length: int) -> PerplexityFigures:
         interval = scores.interval()
         finite = math.isfinite(scores.perplexity)
         tokens = sum(max(0, count - 1) for count in corpus.lengths)

@@ -30,7 +30,7 @@ from longlora_plugin.evaluation.loading import LoadedModel, ModelSource
 from longlora_plugin.evaluation.options import Depth, PasskeyOptions
 from longlora_plugin.evaluation.perplexity import BATCH_TOKENS
 from longlora_plugin.evaluation.processes import Processes
-from longlora_plugin.evaluation.results import Row
+from longlora_plugin.evaluation.rows import PasskeyFigures
 from longlora_plugin.evaluation.sweep import Cell, Experiment
 
 TASK = "One line of the following text states a secret number. Look for it; you will be asked."
@@ -248,7 +248,9 @@ class PasskeyGrid(Experiment):
             "tokenizer": self._tokens[source.label],
         }
 
-    def measure(self, model: LoadedModel, cell: Cell, progress: Callable[[int, int], None]) -> Row:
+    def measure(
+        self, model: LoadedModel, cell: Cell, progress: Callable[[int, int], None]
+    ) -> PasskeyFigures:
         options = self.options
         trials = [
             build_trial(model.tokenizer, cell["length"], cell["depth"], number, seed=options.seed)

@@ -41,8 +41,10 @@ class Experiment:
         """Everything that decides a row's figures but the model and where it runs."""
         raise NotImplementedError
 
-    def measure(self, model: LoadedModel, cell: Cell, progress: Callable[[int, int], None]) -> Row:
-        """The figures of one cell.
+    def measure(
+        self, model: LoadedModel, cell: Cell, progress: Callable[[int, int], None]
+    ) -> Mapping[str, object]:
+        """The figures of one cell; `rows` has their types.
 
         Args:
             progress: told the amount just done, and the amount in all.

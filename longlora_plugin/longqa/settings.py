@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 from longlora_plugin.longqa.documents import KINDS
 from longlora_plugin.longqa.options import option
@@ -110,8 +109,3 @@ class Report:
     tokens: tuple[int, int] = (0, 0)
     stopped: str | None = None
     exit_code: int = EXIT_DONE
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, for `--json`."""
-        # Not asdict, which cannot copy a Counter.
-        return dict(vars(self))

@@ -49,7 +49,21 @@ class Described:
 
 @dataclass
 class Statistics:
-    """Of one file, or of several together; lengths are in tokens where they are known."""
+    """Of one file, or of several together.
+
+    Attributes:
+        pairs: rows, of `files`.
+        files: paths.
+        kinds, tasks: pairs by kind of document and by task; `unknown` without a record.
+        documents: how many the pairs are about.
+        largest_document: (name, pairs) of the one with most pairs.
+        unit: of the lengths: `tokens`, or `characters` where tokens are not known.
+        lengths: `min`, `median`, `mean`, `p95`, `max` and `total`.
+        above: share of pairs longer than each of CONTEXTS; empty in characters.
+        depths: answers by the tenth of the text that their evidence is in.
+        damaged: place of a line that is no row → why.
+        warnings: what would make training on the rows a waste.
+    """
 
     pairs: int = 0
     files: list[str] = field(default_factory=list)
@@ -64,9 +78,16 @@ class Statistics:
     damaged: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, for `--json`."""
-        return {**vars(self)}
+
+@dataclass
+class OfFiles(Statistics):
+    """Of several files together, and of each.
+
+    Attributes:
+        by_file: the same keys for each file, and `file`, its path.
+    """
+
+    by_file: list[dict[str, Any]] = field(default_factory=list)
 
 
 def describe(path: Path, tokenizer: Any = None) -> tuple[list[Described], dict[str, str]]:

@@ -139,6 +139,7 @@ class Plan:
     """What a recipe costs. FLOPs in 10¹², memory in GiB on each GPU, lengths in tokens.
 
     Attributes:
+        base_model, adapter, sequence_len: the recipe's.
         group_size: tokens in a group of S²; None where the recipe's rows use full attention.
         shifted_attention: the recipe trains with S²; `s2` and `speedup` say what it is worth
             either way.
@@ -149,6 +150,8 @@ class Plan:
         speedup_run: the same over a run whose last `full_attention_steps` use full attention.
         memory: by part; `total` is what nvidia-smi shows, `needed` what must fit.
         host_memory: CPU memory of one GPU's process for what it moves off the GPU.
+        gpus: of the run.
+        gpu, gpu_memory: the GPU that was named, and its GiB.
         fits, tight, largest_sequence_len, comfortable_sequence_len: as in OnGpu, on the GPU that
             was named, else None.
         by_gpu: the same for every known GPU where none was named.

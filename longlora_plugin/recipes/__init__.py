@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypedDict
 
 from longlora_plugin.hookspecs import hookimpl
 
@@ -36,6 +37,28 @@ class Listed:
             words.append(text)
         first, stop, _ = " ".join(words).partition(". ")
         return first + stop.strip()
+
+
+ListedRow = TypedDict(
+    "ListedRow",
+    {
+        "name": str,
+        "base_model": str,
+        "sequence_len": "int | None",
+        "summary": str,
+        "path": str,
+        "from": str,
+    },
+)
+ListedRow.__doc__ = """A row of `recipes list --json`.
+
+Attributes:
+    name: what `recipes init` takes.
+    base_model, sequence_len: the recipe's.
+    summary: what it is for.
+    path: its file.
+    from: the package it comes from.
+"""
 
 
 @cache

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from axolotl_runs import CONTEXT, TARGET, make_adapter
 from click.testing import CliRunner
+from json_keys import assert_documented
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.engines.models import OPTIONS, TYPES
@@ -153,7 +154,7 @@ def test_rows_are_written_as_json(saved):
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)
     assert [row["engine"] for row in rows] == NAMES
-    assert {"verdict", "reason", "basis", "command"} <= set(rows[0])
+    assert_documented("serve-check", rows)
 
 
 @pytest.mark.parametrize(

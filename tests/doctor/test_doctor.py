@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from axolotl_runs import write_recipe
+from json_keys import assert_documented
 from packaging.requirements import Requirement
 
 from longlora_plugin import attention
@@ -203,6 +204,7 @@ def test_report_without_a_recipe_is_complete_and_exits_0(tmp_path):
     result = run("--json", path)
     assert result.exit_code == 0, result.output
     report = json.loads(path.read_text())
+    assert_documented("doctor", report)
     assert report["runs"] is None
     assert {"axolotl", "transformers", "peft", "torch", "deepspeed"} <= report["versions"].keys()
     states = {trial["name"]: trial["state"] for trial in report["trials"]}
@@ -222,6 +224,7 @@ def test_recipe_that_runs_says_what_is_on_and_off(tmp_path, recipe, tiny_tokeniz
     assert result.exit_code == 0, result.output
     assert "can run here" in result.output
     report = json.loads(path.read_text())
+    assert_documented("doctor", report)
     assert report["runs"] is True
     found = {each["what"]: each for each in report["findings"]}
     assert "'rope_type': 'default'} → " in found["RoPE"]["why"]

@@ -13,6 +13,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from evaluation_models import CopyModel, write_recipe
+from json_keys import assert_documented
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longlora_plugin.cli import longlora
@@ -189,6 +190,7 @@ def test_rows_equal_the_figures_of_lm_evals_own_command_line(recipe, base, tmp_p
     )  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
     rows = {row["task"]: row for row in json.loads(out.read_text())}
+    assert_documented("bench", list(rows.values()))
     assert list(rows) == tasks
     for task, row in rows.items():
         folder = tmp_path / f"cli-{task}"

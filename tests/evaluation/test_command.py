@@ -24,6 +24,7 @@ from evaluation_models import (
     write_adapter,
     write_recipe,
 )
+from json_keys import assert_documented
 from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -58,6 +59,7 @@ def test_rows_of_three_models_equal_transformers_and_peft_in_a_loop(work, ids):
         work / "plot.png",
     )
     rows = {(row["model"], row["length"]): row for row in json.loads(out.read_text())}
+    assert_documented("eval", list(rows.values()))
     assert list(rows) == [
         (model, length)
         for model in ("base", "base+rope", "adapter")

@@ -9,6 +9,7 @@ import torch
 from evaluation_models import ORIGINAL, CopyModel, random_mistral
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from json_keys import assert_documented
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from longlora_plugin.evaluation import passkey
@@ -194,6 +195,7 @@ def test_command_writes_a_row_for_each_model_length_and_depth(work):
     for row in rows:
         assert row["accuracy"] == row["correct"] / 3 == sum(a["right"] for a in row["answers"]) / 3
         assert row["length"] - 40 < row["tokens_least"] <= row["tokens_most"] <= row["length"]
+    assert_documented("passkey", rows)
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "greedy decoding" in result.output
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from json_keys import assert_documented
 from longqa_material import rows
 
 from longlora_plugin.longqa.scripts import join_lines, sentences
@@ -99,6 +100,7 @@ def test_a_text_in_any_language_gives_a_data_set(build, tmp_path, language):
     assert result.exit_code == 0, result.output
     found = json.loads(report.read_text())
     assert {"what_follows", "find_needle", "order_of_events"} <= set(found["tasks"])
+    assert_documented("longqa build", found)
     assert found["pairs"]["train"] == len(rows(out)) >= 3 * found["windows"]
     assert found["left_out"] == 0
     for row in rows(out):

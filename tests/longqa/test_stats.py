@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from json_keys import assert_documented
 from longqa_material import rows, save_stories, save_tokenizer
 
 from longlora_plugin.cli import longlora
@@ -98,6 +99,7 @@ def test_several_files_are_described_together_and_each(built, tmp_path):
     stats(built[0], other, "--tokenizer", built[1], "--json", tmp_path / "s.json")
     found = json.loads((tmp_path / "s.json").read_text())
     assert [one["pairs"] for one in found["by_file"]] == [len(rows(built[0])), 1]
+    assert_documented("longqa stats", found)
     assert found["pairs"] == len(rows(built[0])) + 1
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from json_keys import assert_documented
 from plan_material import invoke, tiny_llama, write_recipe
 from rich.console import Console
 from transformers import LlamaConfig
@@ -50,6 +51,7 @@ def test_the_command_writes_json_and_a_picture(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "fits 2 × rtx4090-24gb" in result.output
     written = json.loads(figures.read_text())
+    assert_documented("plan", written)
     assert written["parameters"]["trained"] == written["parameters"]["lora"] + (500 + 7) * 64
     for kind in ("full", "s2"):
         parts = written["flops"][kind]

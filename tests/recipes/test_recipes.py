@@ -10,6 +10,7 @@ from typing import Any
 import command
 import pytest
 import yaml
+from json_keys import assert_documented
 
 from longlora_plugin.plan import GPUS
 from longlora_plugin.recipes import available
@@ -259,6 +260,7 @@ def test_check_exits_0_for_right_1_for_wrong_2_for_misuse(recipe, tmp_path):
     assert "bad.yml: 1 problem" in result.output
     found = json.loads((tmp_path / "found.json").read_text())
     assert [row["ok"] for row in found] == [True, False]
+    assert_documented("recipes check", found)
     assert "'liner'" in found[1]["problems"][0]
     assert found[0]["resolved"]["group_size"] == 8192
     assert run("check", tmp_path / "nowhere.yml").exit_code == 2
@@ -270,6 +272,7 @@ def test_list_shows_every_recipe_and_show_prints_its_text(tmp_path):
     result = run("list", "--json", tmp_path / "list.json")
     assert result.exit_code == 0
     rows = {row["name"]: row for row in json.loads((tmp_path / "list.json").read_text())}
+    assert_documented("recipes list", list(rows.values()))
     assert set(rows) == set(available())
     assert rows["qlora-24gb"]["sequence_len"] == 16384
     assert "24 GB" in rows["qlora-24gb"]["summary"]
