@@ -11,7 +11,7 @@ ROWS = {
     "bench": "evaluation.rows.BenchRow",
     "eval": "evaluation.rows.PerplexityRow",
     "passkey": "evaluation.rows.PasskeyRow",
-    "recipes check": "recipes.check.CheckedRow",
+    "recipes check": "recipes.CheckedRow",
     "recipes list": "recipes.ListedRow",
     "serve-check": "artifacts.engines.EngineRow",
 }

@@ -138,6 +138,7 @@ def check(
     from rich.progress import track
 
     from longlora_plugin.plan import find_gpu
+    from longlora_plugin.recipes import CheckedRow
     from longlora_plugin.recipes.check import check_recipe
 
     if gpu:
@@ -155,7 +156,18 @@ def check(
     ]
     for report in reports:
         _print_report(report, err=out.is_piped)
-    out.write_json([report.row() for report in reports])
+    rows: list[CheckedRow] = [
+        {
+            "path": str(report.path),
+            "ok": report.ok,
+            "problems": report.problems,
+            "warnings": report.warnings,
+            "notes": report.notes,
+            "resolved": report.resolved,
+        }
+        for report in reports
+    ]
+    out.write_json(rows)
     ctx.exit(0 if all(report.ok for report in reports) else 1)
 
 

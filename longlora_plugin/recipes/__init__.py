@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from longlora_plugin.hookspecs import hookimpl
 
@@ -59,6 +59,28 @@ Attributes:
     path: its file.
     from: the package it comes from.
 """
+
+
+class CheckedRow(TypedDict):
+    """A row of `recipes check --json`.
+
+    Attributes:
+        path: the recipe's file.
+        ok: whether nothing is wrong with it.
+        problems: what has to be changed.
+        warnings: what makes the run useless although it would start; problems with `--strict`.
+        notes: what to know, and what could not be checked here.
+        resolved: `adapter`, `group_size`, `base_context`, `target_context`, `rope_preset`,
+            `rope_reason`, `rope_parameters`, and with `--gpu` `memory`; empty where that could not
+            be decided.
+    """
+
+    path: str
+    ok: bool
+    problems: list[str]
+    warnings: list[str]
+    notes: list[str]
+    resolved: dict[str, Any]
 
 
 @cache

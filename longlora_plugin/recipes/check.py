@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from longlora_plugin.plan import find_gpu, meta_model, plan_run, planned_run
 from longlora_plugin.plan.from_recipe import training_of
@@ -49,31 +49,9 @@ FIRST_WITH_BF16 = 80
 FIRST_WITH_FP8 = 90
 
 
-class CheckedRow(TypedDict):
-    """A row of `recipes check --json`.
-
-    Attributes:
-        path: the recipe's file.
-        ok: whether nothing is wrong with it.
-        problems: what has to be changed.
-        warnings: what makes the run useless although it would start; problems with `--strict`.
-        notes: what to know, and what could not be checked here.
-        resolved: `adapter`, `group_size`, `base_context`, `target_context`, `rope_preset`,
-            `rope_reason`, `rope_parameters`, and with `--gpu` `memory`; empty where that could not
-            be decided.
-    """
-
-    path: str
-    ok: bool
-    problems: list[str]
-    warnings: list[str]
-    notes: list[str]
-    resolved: dict[str, Any]
-
-
 @dataclass
 class Report:
-    """What was found about one recipe; most fields are those of `CheckedRow`.
+    """What was found about one recipe; most fields are those of `recipes.CheckedRow`.
 
     Attributes:
         facts: what the recipe comes to, in words; none where something is wrong with the run.
@@ -91,17 +69,6 @@ class Report:
     @property
     def ok(self) -> bool:
         return not self.problems
-
-    def row(self) -> CheckedRow:
-        """What `--json` says of it."""
-        return {
-            "path": str(self.path),
-            "ok": self.ok,
-            "problems": self.problems,
-            "warnings": self.warnings,
-            "notes": self.notes,
-            "resolved": self.resolved,
-        }
 
 
 def check_recipe(
