@@ -17,31 +17,33 @@ class Gpu:
         tflops: dense matrix products in bf16 (fp16 where there is no bf16) with fp32 sums, TFLOP/s
             of the vendor's data sheet, without sparsity; None for a GPU of which only the size is
             known.
+        capability: compute capability as Axolotl writes it (`sm_80`), without the letters.
     """
 
     name: str
     memory: float
     tflops: float | None = None
+    capability: int = 80
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("t4-16gb", 15.0, 65),
-        Gpu("a10g-24gb", 22.5, 70),
-        Gpu("l4-24gb", 22.5, 121),
-        Gpu("rtx3090-24gb", 24.0, 71),
-        Gpu("rtx4090-24gb", 24.0, 165),
-        Gpu("v100-32gb", 31.7, 125),
-        Gpu("rtx5090-32gb", 31.8, 210),
-        Gpu("a100-40gb", 40.0, 312),
-        Gpu("l40s-48gb", 45.0, 362),
-        Gpu("a6000-48gb", 48.0, 155),
-        Gpu("a100-80gb", 80.0, 312),
-        Gpu("h100-80gb", 79.6, 989),
-        Gpu("h200-141gb", 140.4, 989),
-        Gpu("b200-180gb", 179.0, 2250),
-        Gpu("mi300x-192gb", 192.0, 1307),
+        Gpu("t4-16gb", 15.0, 65, 75),
+        Gpu("a10g-24gb", 22.5, 70, 86),
+        Gpu("l4-24gb", 22.5, 121, 89),
+        Gpu("rtx3090-24gb", 24.0, 71, 86),
+        Gpu("rtx4090-24gb", 24.0, 165, 89),
+        Gpu("v100-32gb", 31.7, 125, 70),
+        Gpu("rtx5090-32gb", 31.8, 210, 120),
+        Gpu("a100-40gb", 40.0, 312, 80),
+        Gpu("l40s-48gb", 45.0, 362, 89),
+        Gpu("a6000-48gb", 48.0, 155, 86),
+        Gpu("a100-80gb", 80.0, 312, 80),
+        Gpu("h100-80gb", 79.6, 989, 90),
+        Gpu("h200-141gb", 140.4, 989, 90),
+        Gpu("b200-180gb", 179.0, 2250, 100),
+        Gpu("mi300x-192gb", 192.0, 1307, 94),
     )
 }
 

@@ -28,23 +28,6 @@ PLUGIN = "longlora_plugin.LongLoRAPlugin"
 ASSUMED_GPU = "a100-80gb"
 """Whose capabilities Axolotl's schema is told where no GPU is named."""
 
-COMPUTE_CAPABILITY = {
-    "v100": 70,
-    "t4": 75,
-    "a100": 80,
-    "a10g": 86,
-    "a6000": 86,
-    "rtx3090": 86,
-    "l4": 89,
-    "l40s": 89,
-    "rtx4090": 89,
-    "h100": 90,
-    "h200": 90,
-    "b200": 100,
-    "rtx5090": 120,
-    "mi300x": 94,
-}
-"""First part of a GPU's name → compute capability, as Axolotl writes it (`sm_80`)."""
 FIRST_WITH_BF16 = 80
 FIRST_WITH_FP8 = 90
 
@@ -149,7 +132,7 @@ def _check_data(raw: dict[str, Any], run: PreparedRun, report: Report) -> None:
 
 def capabilities_of(gpu: str, gpus: int) -> dict[str, Any]:
     """What Axolotl's schema wants to know of the machine, for GPUs called `gpu`."""
-    known = COMPUTE_CAPABILITY.get(find_gpu(gpu).name.split("-")[0], 80)
+    known = find_gpu(gpu).capability
     return {
         "bf16": known >= FIRST_WITH_BF16,
         "fp8": known >= FIRST_WITH_FP8,

@@ -12,10 +12,9 @@ import pytest
 import yaml
 from json_keys import assert_documented
 
-from longlora_plugin.plan import GPUS
 from longlora_plugin.recipes import available
 from longlora_plugin.recipes import longlora_recipes as shipped
-from longlora_plugin.recipes.check import COMPUTE_CAPABILITY, check_recipe
+from longlora_plugin.recipes.check import check_recipe
 from longlora_plugin.recipes.start import parse_setting
 
 ROOT = Path(__file__).parents[2]
@@ -226,10 +225,6 @@ def test_a_check_leaves_axolotls_plugins_and_its_logger_as_they_were(recipe):
     before = dict(manager.plugins), logger.handlers[:], logger.level, logger.propagate
     check_recipe(recipe(plugins=["nowhere.Plugin"]))
     assert (dict(manager.plugins), logger.handlers[:], logger.level, logger.propagate) == before
-
-
-def test_every_known_gpu_has_a_compute_capability():
-    assert {name.split("-")[0] for name in GPUS} == set(COMPUTE_CAPABILITY)
 
 
 def test_mistrals_first_version_needs_its_window_taken_away_as_the_recipe_says(recipe, bases):
