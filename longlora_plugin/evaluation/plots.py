@@ -25,23 +25,17 @@ COLORS = ("#4a5568", "#dd8452", "#2b6cb0", "#2f855a", "#805ad5", "#b83280")
 PLOT_DPI = 160
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure that needs no screen, and its axes."""
-    import matplotlib
+def _figure(width: float, height: float) -> Any:
+    """A figure that needs no screen."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    from matplotlib import pyplot
-
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=PLOT_DPI)
-    pyplot.close(figure)
 
 
 def _finish_lines(axes: Any, title: str) -> None:
@@ -67,14 +61,15 @@ def _line(axes: Any, label: str, index: int, points: Sequence[tuple[float, float
     )
 
 
-def plot_positions(rows: Sequence[Row], path: str | Path, *, title: str | None = None) -> None:
+def plot_positions(rows: Sequence[Row], path: str | Path) -> None:
     """Draw perplexity by position at the longest length, one line a model, as a PNG.
 
     Buckets are drawn at their geometric middle; the base model's context is marked.
     """
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    figure, axes = _figure(8, 4.6)
+    figure = _figure(8, 4.6)
+    axes = figure.subplots()
     longest = [row for row in rows if row["length"] == lengths_of(rows)[-1]]
     first = longest[0]
     axes.axvspan(first["base_context"], first["length"], color="#f7f3e8", zorder=0)
@@ -108,7 +103,7 @@ def plot_positions(rows: Sequence[Row], path: str | Path, *, title: str | None =
     )
     axes.set_xlabel("tokens seen before the predicted one")
     axes.set_ylabel("perplexity")
-    _finish_lines(axes, title or f"Perplexity by position, windows of {first['length']} tokens")
+    _finish_lines(axes, f"Perplexity by position, windows of {first['length']} tokens")
     _save(figure, path)
 
 
@@ -116,7 +111,8 @@ def plot_scores(rows: Sequence[Row], path: str | Path) -> None:
     """Draw the mean score by length, one line a model, as a PNG."""
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    figure, axes = _figure(7, 4.2)
+    figure = _figure(7, 4.2)
+    axes = figure.subplots()
     for index, label in enumerate(labels_of(rows)):
         group = [row for row in rows if row["model"] == label]
         points = [(length, 100 * mean_score(group, length)) for length in lengths_of(group)]
@@ -143,10 +139,6 @@ def plot_heat_map(
 
     Lines mark where a column lies beyond the base model's context and beyond the trained one.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.colors import LinearSegmentedColormap
 
     labels = labels_of(rows)
@@ -154,14 +146,9 @@ def plot_heat_map(
     depths = list(dict.fromkeys(row["depth"] for row in rows))
     shades = [tuple(channel / 255 for channel in shade) for shade in (LIGHTEST, DARKEST)]
     colors = LinearSegmentedColormap.from_list("accuracy", shades)
-    figure, axes = pyplot.subplots(
-        1,
-        len(labels),
-        figsize=(1.6 + len(labels) * (1.0 + 0.62 * len(lengths)), 1.3 + 0.42 * len(depths)),
-        layout="constrained",
-        squeeze=False,
-        sharey=True,
-    )
+    width = 1.6 + len(labels) * (1.0 + 0.62 * len(lengths))
+    figure = _figure(width, 1.3 + 0.42 * len(depths))
+    axes = figure.subplots(1, len(labels), squeeze=False, sharey=True)
     image = None
     for place, label in zip(axes.flat, labels, strict=True):
         group = [row for row in rows if row["model"] == label]

@@ -285,13 +285,11 @@ def _warnings(
 
 def draw(rows: list[Described], path: Path, *, sequence_len: int | None = None) -> None:
     """A PNG with two histograms: lengths of the pairs, and the depth of their answers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     summary = summarize(rows)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     in_tokens = summary.unit == "tokens"
     for kind in summary.kinds:
         values = [
@@ -313,4 +311,3 @@ def draw(rows: list[Described], path: Path, *, sequence_len: int | None = None) 
         xlim=(0, 100),
     )
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

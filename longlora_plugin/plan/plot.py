@@ -16,14 +16,12 @@ def lengths_around(length: int) -> list[int]:
 
 def plot_plan(run: Run, length: int, card: Gpu | None, path: str | Path) -> None:
     """Draw the plan of a recipe of `length` tokens a row; `card` adds its memory as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     lengths = lengths_around(length)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     plans = [run.memory_at(n) for n in lengths]
     left.plot(lengths, [p.total / GIB for p in plans], color="#1f77b4", label="total")
     left.plot(
@@ -51,7 +49,6 @@ def plot_plan(run: Run, length: int, card: Gpu | None, path: str | Path) -> None
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def _short(tokens: int) -> str:
