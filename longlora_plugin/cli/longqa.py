@@ -62,7 +62,7 @@ def build(source: Path, out: Path, **options: Any) -> None:
     """
     output = Output(options["json_path"])
     try:
-        report = _build(source, out, options)
+        report = _build(source, out, options, output)
     except (ValueError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from error
     _show_report(output, report, source, out, dry_run=options["dry_run"])
@@ -73,7 +73,7 @@ def build(source: Path, out: Path, **options: Any) -> None:
     sys.exit(exit_code)
 
 
-def _build(source: Path, out: Path, options: dict[str, Any]) -> Report:
+def _build(source: Path, out: Path, options: dict[str, Any], output: Output) -> Report:
     from longlora_plugin.longqa.build import Builder
     from longlora_plugin.longqa.endpoint import Endpoint
     from longlora_plugin.longqa.reader import Reader
@@ -96,7 +96,7 @@ def _build(source: Path, out: Path, options: dict[str, Any]) -> Report:
         endpoint = Endpoint(_pick(Requests, options), options["model"], settings.answer_tokens)
     short = read_short(options["short"]) if options["short"] else []
     tokenizer = _load_tokenizer(options["tokenizer"])
-    with Reader(limits) as reader, _Progress() as notify:
+    with Reader(limits) as reader, output.errors.status("reading") as status:
         builder = Builder(
             source,
             out,
@@ -106,7 +106,7 @@ def _build(source: Path, out: Path, options: dict[str, Any]) -> Report:
             endpoint=endpoint,
             short=short,
         )
-        builder.notify = notify
+        builder.notify = lambda report: status.update(_progress(report))
         return builder.dry_run() if options["dry_run"] else builder.run()
 
 
@@ -127,35 +127,10 @@ def _load_tokenizer(name: str) -> Any:
         ) from None
 
 
-class _Progress:
-    """A progress line that is fed with reports, on the terminal only."""
-
-    def __enter__(self) -> Any:
-        from rich.console import Console
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self.bar.start()
-        self.task = self.bar.add_task("reading")
-        return self._update
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def _update(self, report: Report) -> None:
-        pairs = report.pairs.total()
-        waiting = ", waiting for replies under way (Ctrl-C drops them)"
-        self.bar.update(
-            self.task,
-            description=f"{report.documents} documents, {report.windows} windows, {pairs} pairs"
-            + (waiting if report.stopped else ""),
-        )
+def _progress(report: Report) -> str:
+    pairs = report.pairs.total()
+    waiting = ", waiting for replies under way (Ctrl-C drops them)" if report.stopped else ""
+    return f"{report.documents} documents, {report.windows} windows, {pairs} pairs{waiting}"
 
 
 def _show_report(output: Output, report: Report, source: Path, out: Path, *, dry_run: bool) -> None:
