@@ -11,7 +11,6 @@ come back are cleaned of it before they are shown or written.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import threading
@@ -332,8 +331,3 @@ def _json_in(content: str) -> str:
     """The JSON object in a reply that may wrap it in thoughts or a code fence."""
     start, end = content.find("{"), content.rfind("}")
     return content[start : end + 1] if 0 <= start < end else content
-
-
-def estimate(window_tokens: int, wanted: int, answer_tokens: int) -> tuple[int, int]:
-    """(prompt, completion) tokens that one request may use at most, by the given tokenizer."""
-    return window_tokens + PROMPT_TOKENS, math.ceil(answer_tokens * wanted)

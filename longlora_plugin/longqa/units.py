@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longlora_plugin.longqa import endpoint, tasks
+from longlora_plugin.longqa import tasks
 from longlora_plugin.longqa.documents import KINDS, Document
-from longlora_plugin.longqa.endpoint import ModelPair
+from longlora_plugin.longqa.endpoint import PROMPT_TOKENS, ModelPair
 from longlora_plugin.longqa.journal import line_of, row_name
 from longlora_plugin.longqa.quality import has_evidence
 from longlora_plugin.longqa.sections import Count, Window
@@ -172,6 +172,5 @@ class Composer:
 
     def estimate(self, unit: Unit) -> tuple[int, int]:
         """(prompt, completion) tokens that asking about a unit may take at most."""
-        return endpoint.estimate(
-            unit.window.tokens, self.settings.questions, self.settings.answer_tokens
-        )
+        answers = self.settings.questions * self.settings.answer_tokens
+        return unit.window.tokens + PROMPT_TOKENS, answers
