@@ -62,17 +62,6 @@ class Settings:
         max=2,
     )
 
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.tasks) - set(TASKS))
-        if unknown:
-            raise ValueError(f"unknown task {unknown[0]!r}; valid: {', '.join(TASKS)}")
-        for name in ("validation_share", "short_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 0 and "
-                    "below 1, for example 0.1"
-                )
-
 
 @dataclass
 class Report:
