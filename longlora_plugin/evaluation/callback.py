@@ -68,21 +68,20 @@ def held_out_windows(documents: Sequence[Any], length: int, count: int, *, seed:
 
 
 def watch_held_out(
-    data: str, tokenizer: Any, *, length: int, windows: int = WINDOWS, **options: Any
+    data: str, tokenizer: Any, *, length: int, **options: Any
 ) -> LongContextCallback:
     """The callback for a recipe's `held_out` text.
 
     Args:
         data: see `data.read_corpus`.
-        length: tokens a window.
-        windows: how many of them.
+        length: tokens a window, of which there are `WINDOWS`.
         options: of `LongContextCallback`.
 
     Raises:
         ValueError: the text cannot be read, or no document is long enough.
     """
-    corpus = read_corpus(data, tokenizer, max_tokens=READ_AT_MOST * length * windows)
-    return LongContextCallback(held_out_windows(corpus.documents, length, windows), **options)
+    corpus = read_corpus(data, tokenizer, max_tokens=READ_AT_MOST * length * WINDOWS)
+    return LongContextCallback(held_out_windows(corpus.documents, length, WINDOWS), **options)
 
 
 class LongContextCallback(TrainerCallback):

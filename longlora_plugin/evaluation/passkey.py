@@ -283,9 +283,9 @@ class PasskeyGrid(Experiment):
         }
 
 
-def wilson(correct: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(correct: int, trials: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share: sound for few trials, and at 0 and 100 %."""
-    share = correct / trials
+    share, z = correct / trials, 1.959964
     middle = share + z * z / (2 * trials)
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials

@@ -163,8 +163,8 @@ class Scores:
             )
         ]
 
-    def interval(self, *, level: float = 0.95, seed: int = 0) -> Interval | None:
-        """Percentile bootstrap interval of the perplexity; None where there is one window only.
+    def interval(self) -> Interval | None:
+        """95 % percentile bootstrap interval of the perplexity; None where there is one window only.
 
         Whole documents are resampled where there are enough of them, else windows: tokens of one
         window are no independent samples.
@@ -174,7 +174,7 @@ class Scores:
         over = "documents" if documents >= ENOUGH_DOCUMENTS else "windows"
         if over == "windows":
             clusters = np.arange(len(self.windows))
-        return bootstrap(clusters, self.losses, self.tokens, over=over, level=level, seed=seed)
+        return bootstrap(clusters, self.losses, self.tokens, over=over)
 
 
 def bootstrap(
@@ -183,10 +183,8 @@ def bootstrap(
     tokens: NDArray[np.int64],
     *,
     over: str,
-    level: float = 0.95,
-    seed: int = 0,
 ) -> Interval | None:
-    """Percentile bootstrap of exp(Σ losses / Σ tokens), resampling clusters with replacement.
+    """95 % percentile bootstrap of exp(Σ losses / Σ tokens), resampling clusters with replacement.
 
     Args:
         clusters: which cluster each entry belongs to, [n].
@@ -198,12 +196,12 @@ def bootstrap(
         return None
     loss_sums = np.bincount(index, weights=losses, minlength=count)
     token_sums = np.bincount(index, weights=tokens, minlength=count)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     means = np.empty(RESAMPLES)
     for resample in range(RESAMPLES):
         drawn = random.integers(count, size=count)
         means[resample] = loss_sums[drawn].sum() / max(token_sums[drawn].sum(), 1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [0.025, 0.975])
     return Interval(_exp(low), _exp(high), over)
 
 

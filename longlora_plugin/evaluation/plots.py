@@ -201,14 +201,14 @@ def _middle(bucket: dict[str, Any]) -> float:
     )
 
 
-def log_ticks(low: float, high: float, at_least: int = 4) -> list[float]:
+def log_ticks(low: float, high: float) -> list[float]:
     """Round numbers around `low` … `high` for a logarithmic axis, as coarse as they are enough."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
     for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
         ticks = [float(f"{digit}e{decade}") for decade in decades for digit in digits]
         inside = [tick for tick in ticks if low <= tick <= high]
-        if len(inside) >= at_least:
+        if len(inside) >= 4:
             return inside
     return [tick for tick in ticks if low / 1.5 <= tick <= high * 1.5]
 

@@ -150,16 +150,14 @@ def step_flops(
     group_size: int | None = None,
     kind: StepKind = USUAL_STEP,
     *,
-    causal: bool = True,
     pattern: AttentionPattern = S2,
 ) -> Flops:
-    """FLOPs of forward, recomputation and backward over one document.
+    """FLOPs of forward, recomputation and backward over one document, causal pairs only.
 
     A frozen matrix costs one product of its forward size in the backward pass (its input's
-    gradient), a trained one two. With checkpointing the layers run forward once more. `group_size`
-    and `causal` are as in `forward_flops`.
+    gradient), a trained one two. With checkpointing the layers run forward once more.
     """
-    forward = forward_flops(shape, length, group_size, causal=causal, pattern=pattern)
+    forward = forward_flops(shape, length, group_size, causal=True, pattern=pattern)
     again = 1 if kind.checkpointing else 0
     backward = 2 if kind.trains_base else 1
     head = 2.0 * length * shape.head_weights

@@ -231,9 +231,7 @@ def test_bootstrap_interval_covers_a_known_mean():
     hits = 0
     for _ in range(60):
         losses = random.exponential(1.0, size=80)
-        interval = bootstrap(
-            np.arange(80), losses, np.ones(80, dtype=np.int64), over="windows", seed=1
-        )
+        interval = bootstrap(np.arange(80), losses, np.ones(80, dtype=np.int64), over="windows")
         hits += interval.low <= math.e <= interval.high
     assert 50 <= hits <= 60
 
