@@ -164,7 +164,7 @@ class Scores:
         ]
 
     def interval(self) -> Interval | None:
-        """95 % percentile bootstrap interval of the perplexity; None where there is one window only.
+        """95 % bootstrap interval of the perplexity; None where there is one window only.
 
         Whole documents are resampled where there are enough of them, else windows: tokens of one
         window are no independent samples.
