@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from typing import Any, is_typeddict
+from dataclasses import fields
+from typing import Any, get_type_hints, is_typeddict
 
 ROWS = {
     "bench": "evaluation.rows.BenchRow",
@@ -34,28 +35,21 @@ def keys_of(path: str) -> dict[str, tuple[str, str]]:
     """Key of a class → (type, meaning).
 
     Raises:
-        KeyError: a key is not described in the class's docstring.
+        KeyError: a key is not described in a dataclass's docstring.
     """
-    module_name, _, name = path.rpartition(".")
-    module = importlib.import_module(f"longlora_plugin.{module_name}")
-    kind = getattr(module, name)
-    types: dict[str, str] = {}
+    module, _, name = path.rpartition(".")
+    kind = getattr(importlib.import_module(f"longlora_plugin.{module}"), name)
+    if is_typeddict(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        return {key: (_shown(hint.__origin__), hint.__metadata__[0]) for key, hint in hints.items()}
     meanings: dict[str, str] = {}
-    for part in _parts_of(kind, module):
-        types |= {
-            name: getattr(each, "__forward_arg__", getattr(each, "__name__", str(each)))
-            for name, each in vars(part).get("__annotations__", {}).items()
-        }
+    for part in kind.__mro__[-2::-1]:
         meanings |= _attributes(inspect.getdoc(part) or "")
-    return {name: (types[name], meanings[name]) for name in types}
+    return {field.name: (str(field.type), meanings[field.name]) for field in fields(kind)}
 
 
-def _parts_of(kind: Any, module: Any) -> list[Any]:
-    """A class and those it is made of; a TypedDict does not know its own."""
-    if not is_typeddict(kind):
-        return list(kind.__mro__[-2::-1])
-    every = [each for each in vars(module).values() if is_typeddict(each)]
-    return [each for each in every if each.__annotations__.items() <= kind.__annotations__.items()]
+def _shown(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 def _attributes(doc: str) -> dict[str, str]:

@@ -1,138 +1,85 @@
-"""Rows of `eval --json`, `passkey --json` and `bench --json`."""
+"""Rows of `eval --json`, `passkey --json` and `bench --json`: every key, its type and meaning."""
 
-from __future__ import annotations
-
+from typing import Annotated as Key
 from typing import Any, TypedDict
 
 
 class Measured(TypedDict):
-    """What every row says.
+    """What every row says."""
 
-    Attributes:
-        model: `base`, `base+rope`, `adapter`, `trained`, `merged`, or a name given with `--model`.
-        length: context length in tokens.
-        weights, tokenizer: folders or names on the hub.
-        adapter: folder of the adapter; null without one.
-        quantized_bits: 4 or 8; null where the weights are not quantized.
-        rope_parameters: RoPE of the model while it was measured.
-        attention: `full`, always.
-        dtype, device: what it was computed in and on.
-        processes: how many computed it.
-        seconds: time it took.
-        settings: digest of everything that decides the figures; a row with the same one is kept.
-    """
-
-    model: str
-    length: int
-    weights: str
-    adapter: str | None
-    tokenizer: str
-    quantized_bits: int | None
-    rope_parameters: dict[str, Any]
-    attention: str
-    dtype: str
-    device: str
-    processes: int
-    seconds: float
-    settings: str
+    model: Key[str, "`base`, `base+rope`, `adapter`, `trained`, `merged`, or a name from `--model`"]
+    length: Key[int, "context length in tokens"]
+    weights: Key[str, "folder or name on the hub"]
+    adapter: Key[str | None, "its folder; null without one"]
+    tokenizer: Key[str, "folder or name on the hub"]
+    quantized_bits: Key[int | None, "4 or 8; null where the weights are not quantized"]
+    rope_parameters: Key[dict[str, Any], "RoPE of the model while it was measured"]
+    attention: Key[str, "`full`, always"]
+    dtype: Key[str, "what it was computed in"]
+    device: Key[str, "what it was computed on"]
+    processes: Key[int, "how many computed it"]
+    seconds: Key[float, "time it took"]
+    settings: Key[str, "digest of all that decides the figures; a row with the same one is kept"]
 
 
 class PerplexityFigures(TypedDict):
-    """What `eval` measures.
+    """What `eval` measures."""
 
-    Attributes:
-        perplexity, nll: exp of the mean loss, and that loss in nats; null where it is not finite.
-        bits_per_byte, nll_per_character: the same by the text, which compare between tokenizers.
-        ci95: [low, high], bootstrap interval of the perplexity; null for a single window.
-        ci_over: what was resampled, `documents` or `windows`.
-        tokens, windows, documents: how many were scored.
-        score, stride: as asked for.
-        buckets: perplexity by position: `from`, `to`, `perplexity`, `tokens` of each bucket.
-        bucket_scored: what a bucket averages over, in words.
-        data, data_digest: the text as asked for, and a digest of its tokens.
-        base_context, target_context: tokens the base handles, and those the recipe extends it to.
-    """
-
-    perplexity: float | None
-    nll: float | None
-    bits_per_byte: float | None
-    nll_per_character: float | None
-    ci95: list[float] | None
-    ci_over: str | None
-    tokens: int
-    windows: int
-    documents: int
-    score: str
-    stride: int
-    buckets: list[dict[str, float | int | None]]
-    bucket_scored: str
-    data: str
-    data_digest: str
-    base_context: int
-    target_context: int
+    perplexity: Key[float | None, "exp(`nll`); null where that is not finite"]
+    nll: Key[float | None, "mean loss of a token in nats"]
+    bits_per_byte: Key[float | None, "the loss by the text, which compares between tokenizers"]
+    nll_per_character: Key[float | None, "the same in nats"]
+    ci95: Key[list[float] | None, "bootstrap interval of the perplexity; null for a single window"]
+    ci_over: Key[str | None, "what was resampled, `documents` or `windows`"]
+    tokens: Key[int, "how many were scored"]
+    windows: Key[int, "how many were read"]
+    documents: Key[int, "how many they are of"]
+    score: Key[str, "`new` or `all`, as asked for"]
+    stride: Key[int, "tokens a window moves by"]
+    buckets: Key[list[dict[str, Any]], "by position: `from`, `to`, `perplexity`, `tokens` of each"]
+    bucket_scored: Key[str, "what a bucket averages over, in words"]
+    data: Key[str, "the text as asked for"]
+    data_digest: Key[str, "digest of its tokens"]
+    base_context: Key[int, "tokens the base model handles as it is"]
+    target_context: Key[int, "tokens the recipe extends it to"]
 
 
 class PasskeyFigures(TypedDict):
-    """What `passkey` measures.
+    """What `passkey` measures."""
 
-    Attributes:
-        accuracy: `correct` / `trials`.
-        correct, trials: answers that were right, and all of them.
-        ci95: [low, high], Wilson's interval of the accuracy.
-        chance: accuracy of guessing.
-        seed: as asked for.
-        tokens_least, tokens_most: of a prompt with its answer.
-        answers: `depth`, `tokens` and `right` of each trial.
-    """
-
-    accuracy: float
-    correct: int
-    trials: int
-    ci95: list[float]
-    chance: float
-    seed: int
-    tokens_least: int
-    tokens_most: int
-    answers: list[dict[str, Any]]
+    accuracy: Key[float, "`correct` / `trials`"]
+    correct: Key[int, "answers that were right"]
+    trials: Key[int, "answers"]
+    ci95: Key[list[float], "Wilson's interval of the accuracy"]
+    chance: Key[float, "accuracy of guessing"]
+    seed: Key[int, "as asked for"]
+    tokens_least: Key[int, "of the shortest prompt with its answer"]
+    tokens_most: Key[int, "of the longest"]
+    answers: Key[list[dict[str, Any]], "`depth`, `tokens` and `right` of each trial"]
 
 
 class BenchScores(TypedDict):
-    """What `bench` has of lm-eval.
+    """What `bench` has of lm-eval."""
 
-    Attributes:
-        score, stderr: lm-eval's, 0 to 1; the error is null where there is a single example.
-        metric, filter: lm-eval's names of what the score is.
-        metrics: everything that lm-eval gives, by `metric,filter`.
-        examples: how many were scored.
-        limit, chat_template: as asked for.
-        lm_eval: its version.
-    """
-
-    score: float
-    stderr: float | None
-    metric: str
-    filter: str
-    metrics: dict[str, float]
-    examples: int
-    limit: int | None
-    chat_template: bool
-    lm_eval: str
+    score: Key[float, "lm-eval's, 0 to 1"]
+    stderr: Key[float | None, "its standard error; null for a single example"]
+    metric: Key[str, "lm-eval's name of what the score is"]
+    filter: Key[str, "lm-eval's name of how the answer was read"]
+    metrics: Key[dict[str, float], "everything that lm-eval gives, by `metric,filter`"]
+    examples: Key[int, "how many were scored"]
+    limit: Key[int | None, "as asked for"]
+    chat_template: Key[bool, "as asked for"]
+    lm_eval: Key[str, "its version"]
 
 
 class BenchFigures(BenchScores):
-    """What `bench` measures.
+    """What `bench` measures."""
 
-    Attributes:
-        truncated: prompts that were cut to the length.
-        beyond_length: prompts that do not fit into it with their answer.
-        longest_prompt, max_gen_toks, max_length: tokens: of a prompt, an answer, and the limit.
-    """
-
-    truncated: int
-    beyond_length: int
-    longest_prompt: int
-    max_gen_toks: int
-    max_length: int
+    truncated: Key[int, "prompts that were cut to the length"]
+    beyond_length: Key[int, "prompts that do not fit into it with their answer"]
+    longest_prompt: Key[int, "its tokens"]
+    max_gen_toks: Key[int, "tokens of an answer, at most"]
+    max_length: Key[int, "tokens that the model was given, at most"]
 
 
 class PerplexityRow(PerplexityFigures, Measured):
@@ -140,20 +87,12 @@ class PerplexityRow(PerplexityFigures, Measured):
 
 
 class PasskeyRow(PasskeyFigures, Measured):
-    """A row of `passkey`: one model at one length and depth.
+    """A row of `passkey`: one model at one length and depth."""
 
-    Attributes:
-        depth: share of the text before the number, or `random`.
-    """
-
-    depth: float | str
+    depth: Key[float | str, "share of the text before the number, or `random`"]
 
 
 class BenchRow(BenchFigures, Measured):
-    """A row of `bench`: one model, task and length.
+    """A row of `bench`: one model, task and length."""
 
-    Attributes:
-        task: lm-eval's name of it.
-    """
-
-    task: str
+    task: Key[str, "lm-eval's name of it"]

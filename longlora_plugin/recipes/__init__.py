@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Annotated as Key
 from typing import Any, TypedDict
 
 from longlora_plugin.hookspecs import hookimpl
@@ -42,45 +43,26 @@ class Listed:
 ListedRow = TypedDict(
     "ListedRow",
     {
-        "name": str,
-        "base_model": str,
-        "sequence_len": "int | None",
-        "summary": str,
-        "path": str,
-        "from": str,
+        "name": Key[str, "what `recipes init` takes"],
+        "path": Key[str, "its file"],
+        "base_model": Key[str, "the recipe's"],
+        "sequence_len": Key[int | None, "the recipe's"],
+        "summary": Key[str, "what it is for"],
+        "from": Key[str, "the package it comes from"],
     },
 )
-ListedRow.__doc__ = """A row of `recipes list --json`.
-
-Attributes:
-    name: what `recipes init` takes.
-    base_model, sequence_len: the recipe's.
-    summary: what it is for.
-    path: its file.
-    from: the package it comes from.
-"""
+"""A row of `recipes list --json`."""
 
 
 class CheckedRow(TypedDict):
-    """A row of `recipes check --json`.
+    """A row of `recipes check --json`."""
 
-    Attributes:
-        path: the recipe's file.
-        ok: whether nothing is wrong with it.
-        problems: what has to be changed.
-        warnings: what makes the run useless although it would start; problems with `--strict`.
-        notes: what to know, and what could not be checked here.
-        resolved: `adapter`, `group_size`, `base_context`, `target_context`, `rope_preset`,
-            `rope_reason`, `rope_parameters`, and with `--gpu` `memory`; empty where that could not
-            be decided.
-    """
-
-    path: str
-    ok: bool
-    problems: list[str]
-    warnings: list[str]
-    notes: list[str]
-    resolved: dict[str, Any]
+    path: Key[str, "the recipe's file"]
+    ok: Key[bool, "whether nothing is wrong with it"]
+    problems: Key[list[str], "what has to be changed"]
+    warnings: Key[list[str], "what makes the run useless; problems with `--strict`"]
+    notes: Key[list[str], "what to know, and what could not be checked here"]
+    resolved: Key[dict[str, Any], "adapter, group size, contexts, RoPE, memory; empty if undecided"]
 
 
 @cache
