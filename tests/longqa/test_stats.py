@@ -161,7 +161,9 @@ def test_warns_of_one_document_that_dominates():
 
 
 def test_warns_of_rows_that_stand_there_twice():
-    assert any("1 rows are there more than once" in w for w in summarize([*many(9), *many(1)]).warnings)
+    assert any(
+        "1 rows are there more than once" in w for w in summarize([*many(9), *many(1)]).warnings
+    )
 
 
 def test_the_picture_is_a_png(built, tmp_path):
