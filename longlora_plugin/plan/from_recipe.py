@@ -17,12 +17,9 @@ from longlora_plugin.plan.memory import OPTIMIZERS, Training
 from longlora_plugin.plan.parameters import Parameters, count_parameters
 from longlora_plugin.plan.remedies import MLP_TILE
 from longlora_plugin.plan.shape import ModelShape, meta_model
-from longlora_plugin.run.axolotl_keys import (
-    LORA_DEFAULTS,
-    LORA_TARGETS,
-    attention_implementation,
-)
-from longlora_plugin.run.prepare import prepare_run
+from longlora_plugin.run.axolotl_keys import LORA_DEFAULTS, attention_implementation
+from longlora_plugin.run.built import adapter_keys_of
+from longlora_plugin.run.prepare import PreparedRun, prepare_run
 from longlora_plugin.run.recipe import Recipe
 
 DEEPSPEED_BUCKET = int(5e8)
@@ -35,8 +32,8 @@ CONTEXT_PARALLEL = ("context_parallel_size", "sequence_parallel_degree")
 """Axolotl's spellings; the third is `context_parallel: {size: …}`."""
 
 
-def model_of(recipe: Recipe, config: Any) -> tuple[LongLoRAConfig, Any]:
-    """The block of a recipe that can run, and the model it trains, without weights.
+def model_of(recipe: Recipe, config: Any) -> tuple[PreparedRun, Any]:
+    """The run of a recipe, and the model it trains, without weights.
 
     Args:
         config: the base model's transformers config.
@@ -45,42 +42,29 @@ def model_of(recipe: Recipe, config: Any) -> tuple[LongLoRAConfig, Any]:
         ValueError: says everything that is wrong with the recipe.
     """
     run = prepare_run(recipe.raw, config).checked()
-    trust = recipe.raw.get("trust_remote_code") is True
-    return run.block, meta_model(run.config_of(config), trust_remote_code=trust)
+    return run, meta_model(run.config_of(config), trust_remote_code=run.remote_code)
 
 
-def parameters_of(recipe: Recipe, model: Any) -> Parameters:
-    """Count what a recipe trains of `model` (weights or none).
+def parameters_of(run: PreparedRun, model: Any) -> Parameters:
+    """Count what a run trains of `model` (weights or none).
 
     Raises:
-        ValueError: LoRA's targets match nothing, or `trainable` names an unknown kind.
+        ValueError: LoRA's targets match nothing.
     """
-    raw = recipe.raw
-    if not recipe.adapter:
+    raw = {**run.recipe, **run.updates}
+    if not run.adapter:
         return count_parameters(model, unfrozen=raw.get("unfrozen_parameters") or ())
-    saved = list(raw.get("lora_modules_to_save") or ())
-    targets: Any = raw.get("lora_target_modules") or ()
+    if run.adapter == "longlora":
+        raw |= adapter_keys_of(run, model, raw)[0]
+    targets = "all-linear" if raw.get("lora_target_linear") else raw.get("lora_target_modules")
     fused = raw.get("lora_target_parameters") or ()
-    if raw.get("lora_target_linear"):
-        targets = "all-linear"
-    if recipe.adapter == "longlora":
-        from longlora_plugin.adapter.modules import attention_projections
-        from longlora_plugin.registry import find
-
-        assert recipe.block is not None
-        for kind in recipe.block.trainable:
-            saved += find("longlora_trainable_modules", kind)(model)
-        if not targets and not fused:
-            names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-            known = names.intersection(LORA_TARGETS)
-            targets = LORA_TARGETS if known else attention_projections(model)
     return count_parameters(
         model,
         lora_r=int(raw.get("lora_r") or LORA_DEFAULTS["lora_r"]),
-        target_modules=targets,
+        target_modules=targets or (),
         target_parameters=[fused] if isinstance(fused, str) else fused,
         dora=bool(raw.get("peft_use_dora")),
-        saved_modules=saved,
+        saved_modules=raw.get("lora_modules_to_save") or (),
     )
 
 

@@ -205,7 +205,8 @@ def planned_run(recipe: Recipe, config: Any, gpus: int = 1, rows: int | None = N
 
     if gpus < 1:
         raise ValueError(f"--gpus: got {gpus}; write the number of GPUs, at least 1")
-    block, model = model_of(recipe, config)
+    prepared, model = model_of(recipe, config)
+    block = prepared.block
     shape = shape_of(model)
     training, notes = training_of(recipe, gpus, shape)
     steps = steps_of(recipe, training, rows)
@@ -218,7 +219,7 @@ def planned_run(recipe: Recipe, config: Any, gpus: int = 1, rows: int | None = N
         notes += _about_shards(block.group_size_for(recipe.sequence_len), training)
     return Run(
         shape=shape,
-        parameters=parameters_of(recipe, model),
+        parameters=parameters_of(prepared, model),
         training=training,
         steps=steps,
         notes=notes,
