@@ -32,7 +32,7 @@ PREFIX = "long_context/perplexity"
 WINDOWS = 8
 """Windows of a recipe's `held_out` text that are scored each time."""
 READ_AT_MOST = 16
-"""Of a large text, so many times the windows' tokens are read to choose them from."""
+"""How many times the windows' tokens are read of a large text, to choose windows from."""
 FUNCTION_KEPT = ("pissa", "olora", "corda", "lora_ga")
 """Initialisations that move a part of the base weights into the adapter: the model is still the
 base while the adapter is on and untrained, and is something else with the adapter off."""

@@ -152,7 +152,7 @@ def check_held_out(
 
 
 def check_held_out_of(run: PreparedRun) -> None:
-    """The same for the text that a run names.
+    """Refuse the text that a run names as `held_out`, if it cannot be read or is too short.
 
     Raises:
         ValueError: says what is expected.

@@ -170,7 +170,7 @@ def _tokenizer(name: str, trust_remote_code: bool) -> Any:
 
 
 def _fingerprint(name: str, config: Any) -> str:
-    """Of a folder: its files of weights, by size and time; of a hub model: name and commit."""
+    """A folder by the sizes and times of its weights, a hub model by name and commit."""
     folder = Path(name)
     if not folder.is_dir():
         return f"{name}@{getattr(config, '_commit_hash', None)}"

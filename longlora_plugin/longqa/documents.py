@@ -76,10 +76,10 @@ class Limits:
 
     @property
     def max_bytes(self) -> int:
-        """Of a file."""
+        """Largest file that is read, in bytes."""
         return int(self.max_file_mb * 1_000_000)
 
     @property
     def max_text(self) -> int:
-        """Characters of a document."""
+        """Longest document, in characters."""
         return TEXT_PER_FILE * self.max_bytes

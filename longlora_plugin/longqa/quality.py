@@ -15,7 +15,7 @@ SIMILAR = 0.8
 """Default Jaccard similarity of 5-character shingles from which two pairs count as the same."""
 
 SAME_DOCUMENT = 0.8
-"""The same for two documents: another edition, or one book in two formats."""
+"""Similarity from which two documents count as one: another edition, or another format."""
 
 _SHINGLE = 5
 _PERMUTATIONS = 128

@@ -49,7 +49,7 @@ class Described:
 
 @dataclass
 class Statistics:
-    """Of one file, or of several together.
+    """What one file holds, or several together.
 
     Attributes:
         pairs: rows, of `files`.
@@ -81,7 +81,7 @@ class Statistics:
 
 @dataclass
 class OfFiles(Statistics):
-    """Of several files together, and of each.
+    """What several files hold together, and each of them.
 
     Attributes:
         by_file: the same keys for each file, and `file`, its path.

@@ -1,4 +1,4 @@
-"""What of a recipe bears on cost: from Axolotl's YAML keys to the plain values of `memory` and
+"""The part of a recipe that decides its cost: from Axolotl's YAML keys to the plain values of `memory` and
 `parameters`. Keys that say nothing here are left to Axolotl's defaults.
 """
 

@@ -83,7 +83,7 @@ OPTIMIZERS: dict[str, tuple[int, float | None]] = {
 
 @dataclass(frozen=True)
 class Training:
-    """What of a run bears on its memory, as plain values.
+    """The part of a run that decides its memory, as plain values.
 
     Attributes:
         sequence_len: tokens of a row.
