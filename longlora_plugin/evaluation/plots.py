@@ -38,6 +38,16 @@ def _save(figure: Any, path: str | Path) -> None:
     figure.savefig(path, dpi=PLOT_DPI)
 
 
+def _token_axis(axes: Any, ticks: Sequence[int], label: str) -> None:
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_label(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(label)
+
+
 def _finish_lines(axes: Any, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.grid(axis="y", color="#e2e8f0", linewidth=0.8)
@@ -79,9 +89,7 @@ def plot_positions(rows: Sequence[Row], path: str | Path) -> None:
         points = [(_middle(b), b["perplexity"]) for b in row["buckets"] if b["perplexity"]]
         values += [perplexity for _, perplexity in points]
         _line(axes, row["model"], index, points)
-    axes.set_xscale("log", base=2)
     left = min(_middle(bucket) for bucket in first["buckets"]) / 1.15
-    axes.set_xlim(left, first["length"] * 1.02)
     # Where a model falls apart beyond its context, a linear scale would flatten all the others.
     if values and max(values) > 4 * min(values):
         axes.set_yscale("log")
@@ -90,9 +98,9 @@ def plot_positions(rows: Sequence[Row], path: str | Path) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ticks = sorted({e for b in first["buckets"] for e in (b["from"], b["to"]) if e >= left})
     doubled = [edge for edge in ticks if _is_doubling(edge, first["length"])]
-    axes.set_xticks(sorted({*doubled, first["base_context"], first["length"]}))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_label(value)))
-    axes.xaxis.set_minor_locator(NullLocator())
+    ends = {first["base_context"], first["length"]}
+    _token_axis(axes, sorted({*doubled, *ends}), "tokens seen before the predicted one")
+    axes.set_xlim(left, first["length"] * 1.02)
     axes.annotate(
         " base model's context",
         (first["base_context"], 0.985),
@@ -101,7 +109,6 @@ def plot_positions(rows: Sequence[Row], path: str | Path) -> None:
         fontsize=9,
         color="#7a6a42",
     )
-    axes.set_xlabel("tokens seen before the predicted one")
     axes.set_ylabel("perplexity")
     _finish_lines(axes, f"Perplexity by position, windows of {first['length']} tokens")
     _save(figure, path)
@@ -109,20 +116,14 @@ def plot_positions(rows: Sequence[Row], path: str | Path) -> None:
 
 def plot_scores(rows: Sequence[Row], path: str | Path) -> None:
     """Draw the mean score by length, one line a model, as a PNG."""
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
     figure = _figure(7, 4.2)
     axes = figure.subplots()
     for index, label in enumerate(labels_of(rows)):
         group = [row for row in rows if row["model"] == label]
         points = [(length, 100 * mean_score(group, length)) for length in lengths_of(group)]
         _line(axes, label, index, points)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths_of(rows))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_label(value)))
-    axes.xaxis.set_minor_locator(NullLocator())
+    _token_axis(axes, lengths_of(rows), "tokens")
     axes.set_ylim(-3, 103)
-    axes.set_xlabel("tokens")
     axes.set_ylabel("mean score, %")
     _finish_lines(axes, f"{len({row['task'] for row in rows})} tasks by context length")
     _save(figure, path)
