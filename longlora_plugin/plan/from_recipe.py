@@ -1,5 +1,5 @@
-"""The part of a recipe that decides its cost: from Axolotl's YAML keys to the plain values of `memory` and
-`parameters`. Keys that say nothing here are left to Axolotl's defaults.
+"""The part of a recipe that decides its cost: from Axolotl's YAML keys to the plain values of
+`memory` and `parameters`. Keys that say nothing here are left to Axolotl's defaults.
 """
 
 from __future__ import annotations
