@@ -50,6 +50,7 @@ class LongLoRAConfig(BaseModel):
     full_attention_steps: float = Field(
         default=0.1,
         ge=0,
+        allow_inf_nan=False,
         description="Last steps trained with full attention: a share below 1, or a number "
         "(the paper: 0).",
     )

@@ -13,6 +13,7 @@ from longlora_plugin.host.compat import (
     RecipeError,
     is_duplicate_instance,
     is_main_process,
+    is_merging,
     log,
     merge_with,
     merges_base_stored_as,
@@ -31,7 +32,7 @@ from longlora_plugin.host.preference import (
 from longlora_plugin.rope import check_built_rope, keep_both_spellings
 from longlora_plugin.run.base_model import base_config_of
 from longlora_plugin.run.built import adapter_keys_of, enable_attention
-from longlora_plugin.run.manifest import check_start, manifest_of
+from longlora_plugin.run.manifest import STARTS, check_merged, check_start, manifest_of
 from longlora_plugin.run.prepare import PreparedRun, prepare_run
 from longlora_plugin.run.recipe import asks_for_longlora
 from longlora_plugin.run.report import closing_block, report_data
@@ -62,20 +63,23 @@ class LongLoRAPlugin(BasePlugin):
             return
         self._forget()
         with recipe_errors():
-            recipe = cfg.to_dict()
-            base = base_config_of(recipe)
-            if cfg.get("merge_lora"):
-                _check_merge(cfg)
-                merge_with(_merge)
-            run = prepare_run(recipe, base).checked()
-            check_start(run, merging=bool(cfg.get("merge_lora")))
-            if run.block.held_out and not (cfg.get("merge_lora") or cfg.get("inference")):
+            recipe, merging = cfg.to_dict(), is_merging(cfg)
+            if merging:
+                # What training started from says nothing of what it ended with.
+                recipe.update(dict.fromkeys(STARTS))
+            run = prepare_run(recipe, base_config_of(recipe)).checked()
+            warnings: Iterable[str] = run.warnings
+            if merging:
+                warnings = _check_merge(cfg, run) if cfg.get("merge_lora") else ()
+            else:
+                check_start(run)
+            if run.block.held_out and not (merging or cfg.get("inference")):
                 from longlora_plugin.evaluation.data import check_held_out_of
 
                 check_held_out_of(run)
         for key, value in {**run.updates, "longlora": CarriedRun(run)}.items():
             cfg[key] = value
-        for warning in run.warnings:
+        for warning in warnings:
             log.warning("LongLoRA: %s", warning)
 
     def pre_model_load(self, cfg: Any) -> None:
@@ -102,7 +106,7 @@ class LongLoRAPlugin(BasePlugin):
         if run is None:
             return
         with recipe_errors():
-            if run.rope_fields and not check_built_rope(model, run.rope_fields):
+            if run.built_rope and not check_built_rope(model, run.built_rope):
                 log.warning(
                     "LongLoRA RoPE: this model's rotary embeddings are not transformers' own, so "
                     "whether they were scaled could not be checked"
@@ -286,7 +290,8 @@ def _log(facts: Iterable[Fact]) -> None:
         log.info("LongLoRA %s", fact)
 
 
-def _check_merge(cfg: Any) -> None:
+def _check_merge(cfg: Any, run: PreparedRun) -> list[str]:
+    """What an adapter to merge and the recipe disagree about."""
     from longlora_plugin.merge.checks import check_adapter_folder
 
     if not cfg.adapter:
@@ -294,7 +299,11 @@ def _check_merge(cfg: Any) -> None:
             "merge-lora: this recipe has no adapter: training it writes the whole model to "
             f"output_dir ({cfg.output_dir}), which is the result; there is nothing to merge"
         )
-    check_adapter_folder(Path(cfg.lora_model_dir or cfg.output_dir or "./model-out"))
+    key = "lora_model_dir" if cfg.lora_model_dir else "output_dir"
+    folder = Path(cfg.lora_model_dir or cfg.output_dir or "./model-out")
+    check_adapter_folder(folder)
+    merge_with(_merge)
+    return check_merged(run, folder, key)
 
 
 def _merge(cfg: Any, weights: Callable[[Path], None]) -> Path | None:
@@ -313,24 +322,26 @@ def _merge(cfg: Any, weights: Callable[[Path], None]) -> Path | None:
     with recipe_errors("merge-lora: "):
         merges = merges_base_stored_as(stored, cfg.merge_method)
         checks.check_not_quantized(cfg.base_model, base, merges)
+        record = read_manifest(cfg.lora_model_dir) or manifest_of(run)
         source = folder.Source(
             adapter_dir=Path(cfg.lora_model_dir),
             base_dir=checks.local_folder(cfg.base_model, cfg.revision_of_model),
             base_config=base,
             recipe=run.model_config,
             base_contexts=(run.pretrained_context or 0, run.base_context or 0),
-            target_context=run.target_context if run.rope_fields else None,
+            target_context=record.target_context if record.config_fields else None,
             quantization=None if by_axolotl else quantization_of_run(cfg),
             remote_code=bool(cfg.trust_remote_code),
         )
-        manifest = read_manifest(source.adapter_dir) or manifest_of(run)
-        notes = folder.merge(
+        merged = folder.merge(
             source,
             target,
             weights=weights if by_axolotl else None,
-            finish=lambda draft: finish(draft, manifest, "merged", called=target),
+            finish=lambda draft: finish(draft, record, "merged", called=target),
         )
-    for note in notes:
+    for disagreement in merged.disagreements:
+        log.warning("LongLoRA merge: %s", disagreement)
+    for note in merged.notes:
         log.info("LongLoRA merge: %s", note)
     log.info("LongLoRA merge: %s is complete and loads", target)
     return target

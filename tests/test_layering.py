@@ -54,7 +54,7 @@ ALLOWED = {
     "longlora_plugin": "",
     "longqa": "",
     "merge": "adapter artifacts checkpoints rope",
-    "plan": "args attention registry run",
+    "plan": "args attention checkpoints registry run",
     "plugin": "adapter args artifacts attention evaluation host merge rope run",
     "recipes": "args artifacts evaluation hookspecs host plan registry run",
     "registry": "attention hookspecs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 from longlora_plugin.artifacts.card import Kind, write_card
 from longlora_plugin.artifacts.manifest import Manifest, write_manifest
 from longlora_plugin.artifacts.tokenizer import name_for_older_readers
+from longlora_plugin.checkpoints.files import weight_files
 
 
 class SaveArtifacts(TrainerCallback):
@@ -27,6 +29,7 @@ class SaveArtifacts(TrainerCallback):
     def __init__(self, manifest: Manifest, full_attention_steps: Callable[[int], int]) -> None:
         self.manifest = manifest
         self.full_attention_steps = full_attention_steps
+        self.began = time.time()
 
     def watch(self, trainer: Any) -> None:
         """Complete the card whenever the trainer writes its own, also before it pushes to a hub."""
@@ -35,8 +38,11 @@ class SaveArtifacts(TrainerCallback):
         @functools.wraps(original)
         def create_model_card(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            if trainer.is_world_process_zero():
-                self.finish(Path(trainer.args.output_dir))
+            folder = Path(trainer.args.output_dir)
+            # TRL calls it at each checkpoint, when an earlier run's weights may be in the folder.
+            saved = any(file.stat().st_mtime >= self.began for file in weight_files(folder))
+            if saved and trainer.is_world_process_zero():
+                self.finish(folder)
             return result
 
         trainer.create_model_card = create_model_card
@@ -54,6 +60,8 @@ class SaveArtifacts(TrainerCallback):
         """Complete a checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
+            if self.manifest.adapter and not (folder / "config.json").is_file():
+                kwargs["model"].config.save_pretrained(folder)  # the run's, which PEFT leaves out
             self.finish(folder)
 
     def finish(self, folder: Path) -> None:
@@ -68,6 +76,6 @@ def finish(folder: Path, manifest: Manifest, kind: Kind, *, called: Path | None 
         manifest: of a merged folder's adapter, or of the recipe where the adapter has none.
         kind, called: as for `write_card`.
     """
+    name_for_older_readers(folder)
     write_manifest(folder, manifest)
     write_card(folder, manifest, kind, called=called)
-    name_for_older_readers(folder)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.artifacts.manifest import FILE, read_manifest
+from longlora_plugin.artifacts.manifest import FILE, check_files, read_manifest
 from longlora_plugin.checkpoints.files import ADAPTER_CONFIG, read_json
 from longlora_plugin.checkpoints.run_config import for_base_weights, trained_config
 
@@ -109,12 +109,13 @@ def config_of_adapter(
         The config, and a line for each field in which the recipe disagrees with the run.
 
     Raises:
-        ValueError: what the run saved cannot be read, or is of another kind of model.
+        ValueError: what the run saved cannot be read, is of another kind of model, or of another
+            run.
     """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
     trained, notes = trained_config(base_config, folder, recipe or {})
     config = for_base_weights(trained, base_config)
-    manifest = read_manifest(folder)
-    # A later run into the same folder may have replaced config.json before its first save.
     for field, value in (manifest.config_fields if manifest else {}).items():
         setattr(config.get_text_config(), field, value)
     return config, [] if recipe is None else notes

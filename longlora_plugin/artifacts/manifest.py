@@ -10,18 +10,27 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.checkpoints.files import write_json
+from longlora_plugin.checkpoints.files import read_json, write_json
 
 FILE = "longlora.json"
 FORMAT = 1
 PACKAGES = ("longlora-plugin", "axolotl", "transformers", "peft", "torch")
 SECRET = re.compile(r"(^|_)(token|api_key|password|secret)$", re.IGNORECASE)
 """Recipe keys that are left out of the file."""
+TIED_FILES = ("adapter_config.json", "config.json", "tokenizer.json")
+"""What decides an adapter in addition to its weights. Axolotl replaces all three when a run begins,
+the weights when it ends."""
+CHANGES_IN_USE = {
+    *("inference_mode", "use_cache", "truncation", "padding"),
+    *("transformers_version", "peft_version", "_name_or_path", "dtype", "torch_dtype"),
+    *("base_model_name_or_path", "revision"),  # the same model at another place
+}
+"""Fields of these files that say nothing of what was trained."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class Manifest:
         data_digests: path of each local data file → SHA-256.
         versions: package → version.
         results: figures measured after training: mappings with `metric`, `value` and more.
+        files: name of each of `TIED_FILES` → SHA-256 of its content, in the folder of this file.
     """
 
     base_model: str
@@ -80,11 +90,13 @@ class Manifest:
     data_digests: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     results: list[dict[str, Any]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `longlora.json` into a folder; an existing file is replaced only by a whole one."""
-    write_json(folder / FILE, {"format": FORMAT, **asdict(manifest)})
+    files = {name: _content(folder / name) for name in TIED_FILES if (folder / name).is_file()}
+    write_json(folder / FILE, {"format": FORMAT, **asdict(replace(manifest, files=files))})
 
 
 def read_manifest(folder: str | Path) -> Manifest | None:
@@ -143,6 +155,37 @@ def _download(name: str) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
     raise ValueError(f"there is no folder {name}, and no model of that name was found: {reason}")
+
+
+def check_files(folder: str | Path, manifest: Manifest | None) -> None:
+    """Refuse an adapter whose folder has another run's files, which began there and was stopped.
+
+    Raises:
+        ValueError: names the file, and says what to write.
+    """
+    for name, content in (manifest.files if manifest else {}).items():
+        path = Path(folder) / name
+        if path.is_file() and _content(path) != content:
+            raise ValueError(
+                f"the adapter in {folder} was saved with another {name}, as its {FILE} says: a "
+                "later run began in the same folder and did not finish, or the file was edited. "
+                "Write lora_model_dir: <a checkpoint of the run you mean>, train again, or delete "
+                f"{FILE} to use the files as they are"
+            )
+
+
+def _content(path: Path) -> str:
+    """SHA-256 of what a JSON file says of the trained model, whatever the order of its lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items() if k not in CHANGES_IN_USE}
+        if isinstance(value, list) and all(isinstance(each, str) for each in value):
+            return sorted(value)
+        return [plain(each) for each in value] if isinstance(value, list) else value
+
+    text = json.dumps(plain(read_json(path)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:

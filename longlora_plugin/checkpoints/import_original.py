@@ -223,14 +223,22 @@ def _targets(lora: Mapping[str, Any]) -> list[str]:
 
 def _context(source: Path) -> int | None:
     """The trained context, from a config.json next to the checkpoint or the folder's name."""
+    from longlora_plugin.rope.base_config import (
+        extended_layer,
+        linear_maximum_of,
+        maximum_of,
+        rope_parameters_of,
+        text_config_of,
+    )
+
     path = source / "config.json"
-    if path.is_file():
-        config = read_json(path)
-        scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        longest = config.get("max_position_embeddings")
-        if longest and scaling.get("factor"):
-            # The original kept the base's maximum where it had a factor.
-            return int(longest * scaling["factor"])
+    config = text_config_of(read_json(path)) if path.is_file() else None
+    layer = extended_layer(rope_parameters_of(config))[1] if config else {}
+    longest = maximum_of(config)
+    if longest and layer.get("rope_type") == "linear":
+        # The original kept the base's maximum beside its factor, others raise it.
+        raised = linear_maximum_of(layer, longest) == "scaled"
+        return longest if raised else round(longest * float(layer["factor"]))
     named = re.findall(r"(?:^|[-_])(\d+)k(?:[-_]|$)", source.resolve().name, flags=re.IGNORECASE)
     return int(named[-1]) * 1024 if named else None
 

@@ -85,9 +85,12 @@ class ModelSource:
             options.setdefault("device_map", {"": device})
         config = copy.deepcopy(self.config)
         config._attn_implementation = None
-        model = AutoModelForCausalLM.from_pretrained(
-            self.weights, config=config, dtype=dtype, **options
-        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.weights, config=config, dtype=dtype, **options
+            )
+        except (RuntimeError, TypeError, KeyError) as error:
+            raise ValueError(f"{self.label}: cannot load {self.weights}: {error}") from error
         if self.adapter is not None:
             model = put_on(model, self.adapter)
         if "device_map" not in options:

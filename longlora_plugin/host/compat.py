@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from axolotl.utils.logging import get_logger
 
 # Axolotl shows INFO for loggers of its own name only.
 log = get_logger("axolotl.longlora_plugin")
+
+MERGE_COMMAND = "axolotl.cli.merge_lora"
 
 HAS_MERGE_HOOK = hasattr(BasePlugin, "post_lora_merge")
 """Axolotl 0.21 calls `post_lora_merge`; 0.19 calls nothing after a merge."""
@@ -38,11 +41,14 @@ class RecipeError(ValueError, click.ClickException):
 
 @contextmanager
 def recipe_errors(prefix: str = "") -> Iterator[None]:
-    """Make a ValueError what the command line shows without a traceback."""
+    """Make what a user can fix an error that the command line shows without a traceback."""
     try:
         yield
     except ValueError as error:
         raise RecipeError(f"{prefix}{error}") from error
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise RecipeError(f"{prefix}{where}{error.strerror or error}") from error
 
 
 def is_duplicate_instance(plugin: BasePlugin) -> bool:
@@ -55,6 +61,17 @@ def is_duplicate_instance(plugin: BasePlugin) -> bool:
 
     same = [each for each in PluginManager().plugins.values() if type(each) is type(plugin)]
     return any(each is plugin for each in same) and same[0] is not plugin
+
+
+def is_merging(cfg: Mapping[str, Any]) -> bool:
+    """Whether a recipe is loaded to merge its adapter.
+
+    `axolotl merge-lora` loads it twice, and says so the second time only.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__") != MERGE_COMMAND:
+        frame = frame.f_back
+    return bool(cfg.get("merge_lora")) or frame.f_globals.get("__name__") == MERGE_COMMAND
 
 
 def merge_with(merge: Callable[[Any, Callable[[Path], None]], Path | None]) -> None:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longlora_plugin.adapter.state import match_rows, plain_name, read_adapter_state
 from longlora_plugin.artifacts.manifest import FILE as MANIFEST
-from longlora_plugin.artifacts.manifest import read_manifest
+from longlora_plugin.artifacts.manifest import Manifest, check_files, read_manifest
 from longlora_plugin.checkpoints.files import TOKENIZER_FILES, read_json, write_json
 from longlora_plugin.checkpoints.run_config import config_json, trained_config
 from longlora_plugin.merge import adapted, nf4
@@ -63,6 +63,18 @@ class Source:
     remote_code: bool = False
 
 
+class Merged(NamedTuple):
+    """What a user should know of a merge, a line for each thing.
+
+    Attributes:
+        disagreements: fields of the config in which the recipe is not what was trained.
+        notes: what was done in addition to adding the adapter.
+    """
+
+    disagreements: list[str]
+    notes: list[str]
+
+
 def open_adapter(source: Source) -> adapted.AdaptedModel:
     """The adapter on its base, without the base's weights.
 
@@ -96,20 +108,18 @@ def merge(
     *,
     weights: Callable[[Path], None] | None = None,
     finish: Callable[[Path], None] | None = None,
-) -> list[str]:
+) -> Merged:
     """Write the merged model to `target`, in place of an earlier one; twice is the same as once.
 
     Args:
         weights: writes the merged weights to a folder instead, for bases that only Axolotl merges.
         finish: completes the folder before it takes its place; an earlier model card is in it.
 
-    Returns:
-        A line for each thing a user should know.
-
     Raises:
         ValueError: the adapter cannot be merged; an earlier folder stays as it was.
     """
-    trained, notes = trained_config_of(source)
+    trained, others = trained_config_of(source)
+    notes: list[str] = []
     raw = read_json(source.base_dir / "config.json")
     config = config_json(raw, source.base_config, trained)
     with swapped_in(target) as draft:
@@ -141,18 +151,21 @@ def merge(
             _copy_card(target, source.base_dir, draft)
             finish(draft)
         check_loads(draft, remote_code=source.remote_code)
-    return notes
+    return Merged(others, notes)
 
 
 def trained_config_of(source: Source) -> tuple[Any, list[str]]:
     """The trained model's config, and a line for each field in which the recipe disagrees.
 
     Raises:
-        ValueError: it cannot be read, or has another RoPE than the adapter's record.
+        ValueError: it cannot be read, is another run's, or has another RoPE than the adapter's
+            record.
     """
-    trained, notes = trained_config(source.base_config, source.adapter_dir, source.recipe)
-    _check_rope(source.adapter_dir, trained)
-    return trained, notes
+    record = read_manifest(source.adapter_dir)
+    check_files(source.adapter_dir, record)
+    trained, others = trained_config(source.base_config, source.adapter_dir, source.recipe)
+    _check_rope(source.adapter_dir, record, trained)
+    return trained, others
 
 
 def _copy_card(target: Path, base_dir: Path, draft: Path) -> None:
@@ -163,9 +176,8 @@ def _copy_card(target: Path, base_dir: Path, draft: Path) -> None:
             return
 
 
-def _check_rope(adapter_dir: Path, trained: Any) -> None:
+def _check_rope(adapter_dir: Path, record: Manifest | None, trained: Any) -> None:
     """Raise ValueError where an adapter's record names another RoPE than what it would get."""
-    record = read_manifest(adapter_dir)
     found = rope_parameters_of(trained)
     if record is not None and any(
         found.get(key) != value for key, value in record.rope_parameters.items()
@@ -313,6 +325,7 @@ def raise_limits_of_base(source: Source, draft: Path) -> list[str]:
 @contextmanager
 def swapped_in(target: Path) -> Iterator[Path]:
     """A folder under another name, which takes the place of `target` once the block has ended."""
+    target = target.resolve()  # what a link leads to is replaced, not the link
     draft = target.with_name(f"{target.name}.unfinished")
     earlier = target.with_name(f"{target.name}.earlier")
     if earlier.is_dir():  # killed in the middle of a swap

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longlora_plugin.args import LongLoRAConfig
+from longlora_plugin.checkpoints.files import read_json
 from longlora_plugin.plan.cost import STEPS, Steps
 from longlora_plugin.plan.memory import OPTIMIZERS, Training
 from longlora_plugin.plan.parameters import Parameters, count_parameters
@@ -229,8 +229,10 @@ def _deepspeed(value: Any, folder: Path, notes: list[str]) -> dict[str, Any]:
     config = value
     if not isinstance(value, Mapping):
         found = next((p for p in (Path(value), folder / value) if p.is_file()), None)
-        config = json.loads(found.read_text(encoding="utf-8")) if found else _by_name(value, notes)
+        config = read_json(found) if found else _by_name(value, notes)
     zero = config.get("zero_optimization") or {}
+    if not isinstance(zero, Mapping):
+        raise ValueError(f"deepspeed: zero_optimization: got {zero!r}; write a block of keys")
     stage = int(zero.get("stage") or 0)
     bucket = zero.get("reduce_bucket_size", DEEPSPEED_BUCKET)
     live = zero.get("stage3_max_live_parameters", zero.get("max_live_parameters", DEEPSPEED_LIVE))

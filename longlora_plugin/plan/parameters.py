@@ -57,7 +57,12 @@ def _numel(modules: Iterable[Any]) -> int:
 def _is_target(name: str, targets: Sequence[str] | str) -> bool:
     # PEFT's rule, without importing PEFT for it (two seconds).
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        try:
+            return re.fullmatch(targets, name) is not None
+        except re.error as error:
+            raise ValueError(
+                f"lora_target_modules: {targets!r} is no regular expression: {error}"
+            ) from None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 

@@ -72,7 +72,7 @@ def _whole_number(value: Any) -> int:
     times = {"k": 1024, "m": 1024**2}.get(text[-1:], 1)
     try:
         return max(1, round(float(text.rstrip("km")) * times))
-    except ValueError:
+    except (ValueError, OverflowError):
         return 32768
 
 

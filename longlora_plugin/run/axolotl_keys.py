@@ -53,7 +53,7 @@ def model_config_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     sections = {name: recipe.get(name) for name in ("model_config", "overrides_of_model_config")}
     given = {name: value for name, value in sections.items() if value}
     for name, value in given.items():
-        if not isinstance(value, Mapping):
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise ValueError(
                 f"{name}: got {value!r}; write a block of keys, for example\n"
                 f"{name}:\n  sliding_window: null"

@@ -39,7 +39,7 @@ def base_config_of(recipe: Mapping[str, Any]) -> Any:
         )
     try:
         return kind.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a config's class makes of a damaged file
         raise ValueError(
             f"base_model: cannot read the config of {name!r}; write a folder that holds its "
             f"config.json, or a name the Hugging Face hub (or its cache) has: {error}"

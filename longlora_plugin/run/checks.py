@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longlora_plugin.args import LongLoRAConfig, parse_block
-from longlora_plugin.checkpoints.files import is_adapter
+from longlora_plugin.checkpoints.files import is_adapter, read_json
 from longlora_plugin.registry import find
 from longlora_plugin.rope import RopeSettings
 from longlora_plugin.run.axolotl_keys import (
@@ -120,12 +119,13 @@ def _check_zero3(recipe: Mapping[str, Any]) -> None:
     if not path or not Path(str(path)).is_file():
         return  # given in another way, or Axolotl's to report
     try:
-        settings = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+        settings = read_json(Path(str(path)))
     except ValueError as error:
-        raise ValueError(f"deepspeed: {path} is not valid JSON: {error}") from None
-    if (settings.get("zero_optimization") or {}).get("stage") != 3:
+        raise ValueError(f"deepspeed: {error}") from None
+    zero, bf16 = settings.get("zero_optimization"), settings.get("bf16")
+    if not isinstance(zero, Mapping) or zero.get("stage") != 3:
         return
-    if (settings.get("bf16") or {}).get("enabled") == "auto" and recipe.get("bf16"):
+    if isinstance(bf16, Mapping) and bf16.get("enabled") == "auto" and recipe.get("bf16"):
         raise ValueError(
             f'deepspeed: {path} has "bf16": {{"enabled": "auto"}}; under ZeRO-3 Axolotl loads the '
             "model before DeepSpeed learns what auto means, and gets it in fp32. Write "

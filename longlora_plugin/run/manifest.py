@@ -6,6 +6,7 @@ from pathlib import Path
 
 from longlora_plugin.artifacts.manifest import (
     Manifest,
+    check_files,
     data_digests,
     digest,
     public_recipe,
@@ -13,8 +14,13 @@ from longlora_plugin.artifacts.manifest import (
     versions,
     why_another_rope,
 )
+from longlora_plugin.run.axolotl_keys import ROPE_KEYS, model_config_of
+from longlora_plugin.run.checks import block_of
 from longlora_plugin.run.prepare import PreparedRun
 from longlora_plugin.run.summary import Built
+
+STARTS = ("lora_model_dir", "resume_from_checkpoint", "auto_resume_from_checkpoints")
+"""Keys that say what a run starts from."""
 
 
 def manifest_of(run: PreparedRun, built: Built | None = None) -> Manifest:
@@ -46,32 +52,52 @@ def manifest_of(run: PreparedRun, built: Built | None = None) -> Manifest:
     )
 
 
-def check_start(run: PreparedRun, *, merging: bool) -> None:
-    """Refuse to go on from weights, or to merge an adapter, of another RoPE.
+def check_start(run: PreparedRun) -> None:
+    """Refuse to go on from weights of another RoPE.
 
     Raises:
         ValueError: says both, and what to write.
     """
-    keys = ("lora_model_dir", "resume_from_checkpoint")
-    folders = {key: run.updates.get(key) or run.recipe.get(key) for key in keys}
-    if merging and not folders["lora_model_dir"]:
-        folders = {"output_dir": run.recipe.get("output_dir")}
-    for key, folder in folders.items():
-        if folder and Path(str(folder)).is_dir():
-            check_same_rope(str(folder), run, key)
+    for key in ("lora_model_dir", "resume_from_checkpoint"):
+        folder = str(run.updates.get(key) or run.recipe.get(key) or "")
+        manifest = read_manifest(folder) if folder and Path(folder).is_dir() else None
+        if manifest is not None:
+            check_files(folder, manifest)
+            check_same_rope(folder, manifest, run, key)
 
 
-def check_same_rope(folder: str | Path, run: PreparedRun, key: str) -> None:
+def check_merged(run: PreparedRun, folder: Path, key: str) -> list[str]:
+    """Refuse to merge an adapter of another RoPE than the recipe asks for.
+
+    Args:
+        key: the recipe's key that names the folder.
+
+    Returns:
+        A line for each thing in which the recipe is not what the adapter was trained with.
+
+    Raises:
+        ValueError: says both, and what to write.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return []
+    check_files(folder, manifest)
+    if not _differs_in_length_only(manifest, run):
+        check_same_rope(str(folder), manifest, run, key)
+    return _differences(manifest, run)
+
+
+def check_same_rope(folder: str, manifest: Manifest, run: PreparedRun, key: str) -> None:
     """Compare the RoPE that a folder's weights were trained with and a run's.
 
     Args:
+        manifest: the folder's.
         key: the recipe's key that names the folder.
 
     Raises:
         ValueError: they differ; says both, and what to write.
     """
-    manifest = read_manifest(folder)
-    if manifest is None or run.rope is None:
+    if run.rope is None:
         return
     difference = why_another_rope(manifest, run.rope.rope_parameters)
     if difference:
@@ -80,3 +106,34 @@ def check_same_rope(folder: str | Path, run: PreparedRun, key: str) -> None:
             f"longlora: {{rope: {manifest.rope_preset}}} and sequence_len: "
             f"{manifest.target_context} as it was trained, or train anew in another output_dir"
         )
+
+
+def _differs_in_length_only(manifest: Manifest, run: PreparedRun) -> bool:
+    """Whether the recipe asks for the RoPE of the manifest but for `sequence_len`, which a command
+    line may have set for one of the two.
+    """
+    blocks = [block_of(recipe)[0] for recipe in (manifest.recipe, run.recipe)]
+    own = [
+        {key: value for key, value in model_config_of(recipe).items() if key in ROPE_KEYS}
+        for recipe in (manifest.recipe, run.recipe)
+    ]
+    asked = [(block.rope, block.original_context) for block in blocks]
+    return (
+        bool(manifest.recipe)
+        and manifest.target_context != run.target_context
+        and asked[0] == asked[1]
+        and own[0] == own[1]
+    )
+
+
+def _differences(manifest: Manifest, run: PreparedRun) -> list[str]:
+    given = {
+        "sequence_len": (manifest.target_context, run.target_context),
+        "base_model": (manifest.base_model, run.base_model),
+    }
+    return [
+        f"{key}: the adapter was trained with {trained}, the recipe says {now}; it is merged "
+        + ("as it was trained" if key == "sequence_len" else f"into {now}")
+        for key, (trained, now) in given.items()
+        if trained != now
+    ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from longlora_plugin.run.axolotl_keys import (
     model_config_of,
     sharded_fsdp_checkpoints,
 )
-from longlora_plugin.run.recipe import asks_for_longlora, sequence_len_of
+from longlora_plugin.run.recipe import asks_for_longlora, sequence_len_of, wrong_kinds
 
+PRECOMPUTES = ("dpo", "ipo")
+"""Values of `rl` with which Axolotl reads `precompute_ref_log_probs`."""
 OFF = LongLoRAConfig(shifted_attention=False, rope="none", trainable=[])
 """The block of a recipe that does not ask for LongLoRA."""
 
@@ -81,6 +83,14 @@ class PreparedRun:
         return dict(self.rope.config_fields) if self.rope and self.rope.extended else {}
 
     @property
+    def built_rope(self) -> dict[str, Any]:
+        """Fields that the built model's RoPE must follow; none where it is the base model's."""
+        own = self.rope is not None and self.rope.rope_parameters != self.rope_before
+        return self.rope_fields or (
+            {"rope_parameters": dict(self.rope.rope_parameters)} if self.rope and own else {}
+        )
+
+    @property
     def tokenizer(self) -> str:
         """Folder or name of the base model's tokenizer."""
         return str(self.recipe.get("tokenizer_config") or self.base_model)
@@ -127,13 +137,11 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
         base_config: transformers config of the base model, not changed; None where it cannot be
             read: what needs it is then left open.
     """
-    asked = asks_for_longlora(recipe)
+    asked, wrong_values = asks_for_longlora(recipe), wrong_kinds(recipe)
+    recipe = {key: value for key, value in recipe.items() if key not in wrong_values}
     block, problems = checks.block_of(recipe) if asked else (OFF, [])
-    sequence_len = 0
-    try:
-        sequence_len = sequence_len_of(recipe)
-    except ValueError as error:
-        problems.append(str(error))
+    problems += wrong_values.values()
+    sequence_len = _sequence_len(recipe, problems)
     rope: RopeSettings | None = None
     overrides: dict[str, Any] = {}
     if sequence_len:
@@ -143,13 +151,15 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
         problems += wrong if asked else []
     group_size = _group_size(block, sequence_len)
     updates, warnings = _updates(recipe, block, problems) if asked else ({}, [])
-    if group_size and block.full_attention_steps and recipe.get("precompute_ref_log_probs"):
+    if group_size and block.full_attention_steps and _precomputes(recipe):
         warnings.append(
             "precompute_ref_log_probs: the reference is computed once, with the attention of the "
             f"first steps, so no step changes to full attention: full_attention_steps: "
             f"{block.full_attention_steps:g} becomes 0"
         )
         block = block.model_copy(update={"full_attention_steps": 0.0})
+    if overrides and asked and "overrides_of_model_config" in recipe:
+        updates |= model_config_keys(recipe, {})  # an empty model_config would win
     if rope is not None and rope.extended:
         updates |= model_config_keys(recipe, rope.config_fields)
         overrides |= rope.config_fields
@@ -177,6 +187,18 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
     )
 
 
+def _precomputes(recipe: Mapping[str, Any]) -> bool:
+    return bool(recipe.get("precompute_ref_log_probs")) and recipe.get("rl") in PRECOMPUTES
+
+
+def _sequence_len(recipe: Mapping[str, Any], problems: list[str]) -> int:
+    try:
+        return sequence_len_of(recipe)
+    except ValueError as error:
+        problems.append(str(error))
+        return 0
+
+
 def _rope(
     recipe: Mapping[str, Any], block: LongLoRAConfig, base_config: Any, sequence_len: int
 ) -> tuple[RopeSettings | None, dict[str, Any], list[str]]:
@@ -188,8 +210,7 @@ def _rope(
         own = model_config_of(recipe)
         if base_config is not None:
             config = copy.deepcopy(base_config)
-            for field in own.keys() - set(ROPE_KEYS):
-                setattr(config, field, own[field])
+            _override(config, {key: own[key] for key in own if key not in ROPE_KEYS})
             rope = resolve_rope(
                 block.rope_preset,
                 config,
@@ -198,6 +219,9 @@ def _rope(
                 **block.rope_options,
             )
             checks.check_rope_can_be_written(recipe, base_config, rope)
+            if block.rope_preset == "none" and own.keys() & set(ROPE_KEYS):
+                _override(config, own)
+                rope = replace(rope, rope_parameters=rope_parameters_of(config))
     except ValueError as error:
         problems.append(str(error))
     try:
@@ -205,6 +229,23 @@ def _rope(
     except ValueError as error:
         problems.append(str(error))
     return (None if problems else rope), own, problems
+
+
+def _override(config: Any, fields: Mapping[str, Any]) -> None:
+    """Set fields of a transformers config.
+
+    Raises:
+        ValueError: its class, or a field's present value, says that it cannot be one.
+    """
+    for field, value in fields.items():
+        before = getattr(config, str(field), None)
+        try:
+            if isinstance(value, str) and isinstance(before, int | float):
+                raise TypeError(f"the base model has {before}")
+            setattr(config, field, copy.deepcopy(value))
+        except Exception as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"model_config.{field}: got {value!r}: {why}") from None
 
 
 def _group_size(block: LongLoRAConfig, sequence_len: int) -> int | None:
@@ -235,12 +276,8 @@ def _updates(
         problems.append(str(error))
     if recipe.get("adapter") == "longlora":
         updates.update(adapter_keys(recipe))
-        if recipe.get("loraplus_lr_ratio") and block.trainable:
-            warnings.append(
-                "loraplus_lr_ratio counts norms to its fast group (every one-dimensional tensor): "
-                f"they train at {recipe['loraplus_lr_ratio']} × learning_rate, embeddings at "
-                "learning_rate, and embedding_lr is not read"
-            )
+        if block.trainable:
+            warnings += _rates(recipe)
     finishes = block.shifted_attention and block.full_attention_steps
     if finishes and recipe.get("early_stopping_patience"):
         warnings.append(
@@ -257,6 +294,24 @@ def _updates(
             "go on from them. The saved adapter is whole either way"
         )
     return updates, warnings
+
+
+def _rates(recipe: Mapping[str, Any]) -> list[str]:
+    """What Axolotl's learning rates for groups of tensors mean for embeddings and norms."""
+    if recipe.get("loraplus_lr_ratio"):
+        return [
+            "loraplus_lr_ratio counts norms to its fast group (every one-dimensional tensor): "
+            f"they train at {recipe['loraplus_lr_ratio']} × learning_rate, embeddings at "
+            "learning_rate, and embedding_lr is not read"
+        ]
+    if not recipe.get("lr_groups"):
+        return []
+    scale, rate = recipe.get("embedding_lr_scale"), recipe.get("embedding_lr")
+    trained_at = f"{scale} × learning_rate" if scale else rate or "learning_rate"
+    return [
+        "lr_groups reaches LoRA's matrices only: Axolotl counts every module that is trained in "
+        f"full to the embeddings, so embeddings and norms train at {trained_at}; write embedding_lr"
+    ]
 
 
 def _not_extended(

@@ -5,6 +5,7 @@ The commands read recipes this way; a training run gets its recipe from Axolotl 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,26 @@ import yaml
 
 from longlora_plugin.args import LongLoRAConfig, parse_block
 
+KINDS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        (
+            *("base_model", "base_model_config", "tokenizer_config", "cls_model_config"),
+            *("revision_of_model", "model_revision", "adapter", "attn_implementation"),
+            *("output_dir", "lora_model_dir"),
+        ),
+        (str, Path),
+    ),
+    "deepspeed": (str, Path, Mapping),
+    "fsdp_config": (Mapping,),
+    "lora_target_modules": (str, list),
+}
+"""Key → what its value may be, for keys that are read before Axolotl's schema has seen them."""
+IN_WORDS: dict[Any, str] = {
+    str: "a name",
+    Path: "a path",
+    Mapping: "a block of keys",
+    list: "a list",
+}
 AXOLOTL_SEQUENCE_LEN = 512
 """Axolotl's default for `sequence_len`."""
 
@@ -60,6 +81,20 @@ def asks_for_longlora(recipe: Mapping[str, Any]) -> bool:
     return recipe.get("adapter") == "longlora" or "longlora" in recipe
 
 
+def wrong_kinds(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Key → what is wrong with it, for values of a raw recipe of a kind that nobody can read."""
+    wrong = {}
+    for key, kinds in KINDS.items():
+        value = recipe.get(key)
+        is_kind = isinstance(value, kinds)
+        if isinstance(value, list):
+            is_kind = is_kind and all(isinstance(name, str) for name in value)
+        if value is not None and not is_kind:
+            words = " or ".join(dict.fromkeys(IN_WORDS[kind] for kind in kinds))
+            wrong[key] = f"{key}: got {value!r}; write {words}"
+    return wrong
+
+
 def sequence_len_of(recipe: Mapping[str, Any]) -> int:
     """Tokens of a raw recipe's rows.
 
@@ -86,8 +121,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
+    try:
+        json.dumps(raw, default=str, skipkeys=True)
+    except ValueError as error:
+        raise ValueError(f"{path}: a block contains itself by an alias ({error})") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} is not a recipe: expected keys such as base_model, got {raw!r}")
     return raw
@@ -104,6 +143,9 @@ def read_recipe(path: str | Path) -> Recipe:
     raw = read_yaml(path)
     if not raw.get("base_model"):
         raise ValueError(f"{path} names no base_model; add base_model: <name or folder>")
+    wrong = wrong_kinds(raw)
+    if wrong:
+        raise ValueError("\n".join(wrong.values()))
     block = parse_block(raw.get("longlora")) if asks_for_longlora(raw) else None
     return Recipe(path=path, raw=raw, block=block)
 

@@ -101,6 +101,8 @@ def rope_facts(run: PreparedRun) -> Iterator[Fact]:
     why = f"sequence_len: {run.target_context} is not above the context"
     if run.block.rope_preset == "none":
         why = "rope: none"
+    if run.rope is not None:
+        before = dict(run.rope.rope_parameters)  # of the recipe's own model_config, too
     yield Fact("RoPE", False, f"{why}; stays {before}")
 
 

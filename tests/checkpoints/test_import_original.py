@@ -137,6 +137,26 @@ def test_context_is_read_from_the_released_models_names(tmp_path, original):
     assert import_checkpoint(source, tmp_path / "target").context == 8192
 
 
+@pytest.mark.parametrize(
+    ("maximum", "scaling", "context"),
+    [
+        (4096, {"rope_scaling": {"type": "linear", "factor": 8.0}}, 32768),
+        (4096, {"rope_scaling": {"type": "linear", "factor": 2.0}}, 8192),
+        (32768, {"rope_scaling": {"type": "linear", "factor": 8.0}}, 32768),
+        (32768, {"rope_parameters": {"rope_type": "linear", "factor": 8.0}}, 32768),
+        (4096, {}, None),
+    ],
+)
+def test_context_is_read_from_a_config_with_the_bases_maximum_or_the_raised_one(
+    tmp_path, original, maximum, scaling, context
+):
+    _, _, whole, adapter_config, *_ = original
+    write_split(tmp_path / "source", whole, adapter_config)
+    config = {"model_type": "llama", "max_position_embeddings": maximum, **scaling}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    assert import_checkpoint(tmp_path / "source", tmp_path / "target").context == context
+
+
 def test_unknown_context_is_said_and_writes_no_config(tmp_path, original):
     _, _, whole, adapter_config, *_ = original
     write_split(tmp_path / "source", whole, adapter_config)
@@ -169,10 +189,10 @@ def test_one_added_pad_row_is_merged_with_the_mean_of_the_heads_rows(tmp_path, o
         ["import", str(tmp_path / "source"), str(tmp_path / "out"), "--context", str(CONTEXT)],
     )
     assert result.exit_code == 0, result.output
-    notes = merge(
+    done = merge(
         Source(tmp_path / "out", base, AutoConfig.from_pretrained(base)), tmp_path / "merged"
     )
-    assert any("so they are the mean of the others" in note for note in notes)
+    assert any("so they are the mean of the others" in note for note in done.notes)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     head = whole["base_model.model.lm_head.weight"]
     torch.testing.assert_close(

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from axolotl_runs import CONTEXT, merge_lora
 from hub import put_on_hub
 from huggingface_hub import ModelCard
 from trainer_runs import Run, adapter, train, write_recipe
+from transformers import AutoConfig
 
+from longlora_plugin import plugin
 from longlora_plugin.artifacts.load import load_model
 from longlora_plugin.artifacts.manifest import Manifest, read_manifest
 
@@ -143,7 +146,8 @@ def model_of_the_cards_code(name: str, hub: Path):
 
 def test_a_merged_folder_says_it_too_and_loads_as_the_adapter_does(recipe, tmp_path):
     merged = merge_lora(recipe())
-    assert manifest_in(merged) == manifest_in(tmp_path / "out")
+    trained = manifest_in(tmp_path / "out")
+    assert replace(manifest_in(merged), files=trained.files) == trained
     card = ModelCard.load(merged / "README.md")
     assert "merged" in card.text
     assert card.data.library_name == "transformers"
@@ -161,9 +165,9 @@ def test_a_merged_folder_says_it_too_and_loads_as_the_adapter_does(recipe, tmp_p
     [
         {"longlora": {"rope": "linear"}},
         {"longlora": {"rope": {"preset": "yarn", "factor": 8}}},
-        {"sequence_len": 256},
+        {"longlora": {"rope": "linear"}, "sequence_len": 256},
     ],
-    ids=["preset", "factor", "sequence_len"],
+    ids=["preset", "factor", "preset and length"],
 )
 def test_merging_with_another_rope_is_refused_by_name(recipe, keys):
     with pytest.raises(Exception, match=r"does not belong to this recipe's RoPE.*rope: yarn"):
@@ -181,13 +185,55 @@ def test_going_on_with_another_rope_is_refused_by_name(recipe, tmp_path, start):
     assert next(iter(start)) in run.log
 
 
-def test_a_killed_second_run_leaves_the_first_runs_adapter_tied_to_its_rope(recipe, tmp_path):
-    # The trainer writes the second run's config.json into the folder before its first step.
-    changed = recipe(longlora={"rope": "linear"}, max_steps=5)
+def test_another_length_alone_is_told_by_name_and_what_was_trained_is_merged(
+    recipe, tmp_path, monkeypatch
+):
+    told: list[str] = []
+    monkeypatch.setattr(plugin.log, "warning", lambda line, *given: told.append(line % given))
+    changed = recipe(sequence_len=256, model_config={"attention_dropout": 0.5})
+    merged = merge_lora(changed, lora_model_dir=str(tmp_path / "out/checkpoint-3"))
+    trained, config = manifest_in(tmp_path / "out"), AutoConfig.from_pretrained(merged)
+    assert trained.rope_parameters.items() <= config.rope_parameters.items()
+    assert config.max_position_embeddings == manifest_in(merged).target_context == 128
+    given = [line for line in told if "sequence_len: the adapter was trained with 128" in line]
+    assert given
+    assert given[0].endswith("the recipe says 256; it is merged as it was trained")
+    for field in ("rope_parameters", "attention_dropout"):
+        assert any(f"{field}: the run was trained with" in line for line in told)
+    assert config.attention_dropout == 0.0
+
+
+def test_what_a_run_started_from_or_was_judged_by_does_not_keep_it_from_being_merged(
+    recipe, tmp_path
+):
+    gone = str(tmp_path / "gone")
+    block = {**KEYS["longlora"], "held_out": f"{gone}.txt"}
+    changed = recipe(rl="dpo", longlora=block, resume_from_checkpoint=gone)
+    merged = merge_lora(changed, lora_model_dir=str(tmp_path / "out/checkpoint-3"))
+    assert manifest_in(merged).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "file"),
+    [
+        ({"longlora": {"rope": "linear"}}, "config"),
+        ({"lora_alpha": 64}, "adapter_config"),
+        ({}, None),
+    ],
+    ids=["RoPE", "alpha", "the same"],
+)
+def test_a_killed_second_run_leaves_the_first_runs_adapter_tied_to_its_files(
+    recipe, tmp_path, changes, file
+):
+    # Axolotl writes the second run's files into the folder before its first step.
+    changed = recipe(max_steps=5, **changes)
     run = train(changed, env={"LONGLORA_TEST_KILL_AFTER": "1"})
     assert any(run.codes)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["rope_parameters"]["rope_type"] == "linear"
     assert manifest_in(tmp_path / "out").rope_preset == "yarn"
-    with pytest.raises(Exception, match="does not belong to this recipe's RoPE"):
+    if file is None:
         merge_lora(changed)
+        return
+    with pytest.raises(Exception, match=rf"another {file}\.json.*lora_model_dir"):
+        merge_lora(changed)
+    with pytest.raises(ValueError, match="a later run began in the same folder"):
+        load_model(tmp_path / "out")

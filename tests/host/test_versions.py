@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
+import click
 import pytest
 import torch
 from axolotl.integrations.base import PluginManager
@@ -123,3 +124,18 @@ def test_auto_loaded_plugin_changes_no_bit_of_a_recipe_without_our_keys(
     ours, theirs = results
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(28, "No space left on device", "/out/x"), "merge: /out/x: No space left"),
+        (OSError("no such name on the hub"), "merge: no such name on the hub"),
+        (ValueError("wrong"), "merge: wrong"),
+    ],
+    ids=str,
+)
+def test_what_a_user_can_fix_is_an_error_without_a_traceback(error, says):
+    with pytest.raises(click.ClickException) as raised, compat.recipe_errors("merge: "):
+        raise error
+    assert raised.value.format_message().startswith(says)

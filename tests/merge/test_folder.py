@@ -155,7 +155,7 @@ def test_what_was_trained_is_merged_and_a_disagreement_is_named(tmp_path):
     )
     other = {**LINEAR, "factor": 8.0}
     recipe = {"rope_parameters": other, "max_position_embeddings": 512}
-    notes = merge(source(base, adapter, recipe=recipe), tmp_path / "merged")
+    told = merge(source(base, adapter, recipe=recipe), tmp_path / "merged").disagreements
     config = AutoConfig.from_pretrained(base)
     config.sliding_window = None
     config.rope_parameters, config.max_position_embeddings = LINEAR, 256
@@ -167,9 +167,9 @@ def test_what_was_trained_is_merged_and_a_disagreement_is_named(tmp_path):
     assert content["sliding_window"] is None
     assert content["rope_scaling"]["factor"] == content["rope_parameters"]["factor"] == 4.0
     assert any(
-        note.startswith("max_position_embeddings: the run was trained with 256") for note in notes
+        line.startswith("max_position_embeddings: the run was trained with 256") for line in told
     )
-    assert any("rope_parameters: the run was trained with" in note for note in notes)
+    assert any("rope_parameters: the run was trained with" in line for line in told)
 
 
 def test_checkpoint_without_a_config_is_merged_as_the_recipe_says(tmp_path):
@@ -177,7 +177,7 @@ def test_checkpoint_without_a_config_is_merged_as_the_recipe_says(tmp_path):
     adapter = adapter_folder(base, tmp_path / "adapter")
     (adapter / "config.json").unlink()
     recipe = {"rope_parameters": LINEAR, "max_position_embeddings": 256}
-    assert merge(source(base, adapter, recipe=recipe), tmp_path / "merged") == []
+    assert merge(source(base, adapter, recipe=recipe), tmp_path / "merged") == ([], [])
     config = AutoConfig.from_pretrained(tmp_path / "merged")
     assert config.rope_parameters["factor"] == 4.0
     assert config.max_position_embeddings == 256
@@ -193,9 +193,21 @@ def test_adapter_in_a_folder_that_a_later_run_took_over_is_refused_by_name(tmp_p
     config = AutoConfig.from_pretrained(adapter)
     config.rope_parameters = {**LINEAR, "factor": 8.0}
     config.save_pretrained(adapter)
-    with pytest.raises(ValueError, match=r"was trained with .*4\.0.* longlora.json .*8\.0"):
+    with pytest.raises(ValueError, match=r"saved with another config\.json, as its longlora"):
         merge(source(base, adapter), tmp_path / "merged")
     assert AutoConfig.from_pretrained(tmp_path / "merged").rope_parameters["factor"] == 4.0
+
+
+def test_a_link_to_a_merged_folder_stays_a_link(tmp_path):
+    base = base_folder(tmp_path)
+    adapter = adapter_folder(base, tmp_path / "adapter")
+    (tmp_path / "merged").symlink_to(tmp_path / "elsewhere")
+    for _ in range(2):  # a first time, and over an earlier one
+        merge(source(base, adapter), tmp_path / "merged")
+        assert (tmp_path / "merged").is_symlink()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            *("adapter", "base", "elsewhere", "merged")
+        ]
 
 
 # ---- limits ---------------------------------------------------------------------------------

@@ -79,9 +79,8 @@ def load(tmp_path, tiny_model_dir, tiny_dataset):
     before = dict(plugins)
 
     def model_of(spoil=lambda cfg: None, **recipe):
-        path = write_recipe(
-            tmp_path, tiny_model_dir("untied"), tiny_dataset, longlora={"rope": "linear"}, **recipe
-        )
+        keys = {"longlora": {"rope": "linear"}, **recipe}
+        path = write_recipe(tmp_path, tiny_model_dir("untied"), tiny_dataset, **keys)
         cfg = load_cfg(str(path))
         spoil(cfg)
         return ModelLoader(cfg, load_tokenizer(cfg)).load()[0]
@@ -110,6 +109,29 @@ def test_rope_reaches_the_model_however_the_section_is_spelt(load, sections):
     rotary = load(**sections).get_base_model().model.rotary_emb
     plain = 1.0 / 10000.0 ** (torch.arange(0, 16, 2) / 16)
     assert torch.allclose(rotary.inv_freq, plain / 4)
+
+
+OWN = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model_config": OWN},
+        {"overrides_of_model_config": OWN},
+        {"model_config": None, "overrides_of_model_config": OWN},
+    ],
+)
+def test_a_recipes_own_rope_reaches_the_model_and_is_checked(load, sections):
+    recipe = {"longlora": {"rope": "none"}, **sections}
+    plain = 1.0 / 10000.0 ** (torch.arange(0, 16, 2) / 16)
+    assert torch.allclose(load(**recipe).get_base_model().model.rotary_emb.inv_freq, plain / 2)
+
+    def spoil(cfg):
+        cfg.overrides_of_model_config = None
+
+    with pytest.raises(ValueError, match=r"built with another RoPE than .*linear"):
+        load(spoil, **recipe)
 
 
 @pytest.mark.parametrize(

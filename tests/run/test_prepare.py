@@ -15,8 +15,10 @@ from transformers import (
 )
 
 from longlora_plugin.run.base_model import base_config_of
+from longlora_plugin.run.manifest import manifest_of
 from longlora_plugin.run.prepare import prepare_run
-from longlora_plugin.run.recipe import asks_for_longlora
+from longlora_plugin.run.recipe import asks_for_longlora, read_recipe
+from longlora_plugin.run.summary import rope_facts
 
 
 def llama(**overrides):
@@ -108,6 +110,22 @@ def test_the_recipes_own_rope_with_ours_off_is_accepted():
     own = {"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4}}
     result = written(recipe(model_config=own, longlora={"rope": "none"}))
     assert result["model_config"] == own
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "max_position_embeddings": 8192},
+    ],
+    ids=["rope_parameters", "rope_scaling"],
+)
+def test_a_recipes_own_rope_is_what_the_run_says_it_trains_with(own):
+    run = prepared(recipe(model_config=own, longlora={"rope": "none"}))
+    linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    assert manifest_of(run).rope_parameters == linear
+    assert "'rope_type': 'linear'" in next(rope_facts(run)).why
+    assert run.base_context == 4096
 
 
 def test_no_extension_is_a_warning_and_shifted_attention_stays():
@@ -224,11 +242,19 @@ def test_a_precomputed_reference_leaves_no_step_with_full_attention_and_says_so(
 
 
 @pytest.mark.parametrize(
-    "block", [{"full_attention_steps": 0}, {"shifted_attention": False}], ids=str
+    ("method", "block"),
+    [
+        ("dpo", {"full_attention_steps": 0}),
+        ("dpo", {"shifted_attention": False}),
+        # Axolotl reads precompute_ref_log_probs with dpo and ipo only.
+        ("kto", {"full_attention_steps": 5}),
+        (None, {"full_attention_steps": 5}),
+    ],
 )
-def test_a_precomputed_reference_without_a_switch_is_no_warning(block):
-    run = prepared(recipe(rl="dpo", precompute_ref_log_probs=True, longlora=block))
+def test_a_precomputed_reference_without_a_switch_is_no_warning(method, block):
+    run = prepared(recipe(rl=method, precompute_ref_log_probs=True, longlora=block))
     assert not any("precompute" in line for line in run.warnings)
+    assert run.block.full_attention_steps_of(100) == block.get("full_attention_steps", 10)
 
 
 @pytest.mark.parametrize("adapter", ["longlora", "lora", "qlora"])
@@ -252,3 +278,74 @@ def test_what_no_trainer_does_soundly_is_refused_by_name(keys, refusal, adapter)
 def test_embeddings_and_norms_train_with_every_preference_method(method):
     assert prepared(recipe(rl=method)).trainable == ("embeddings", "norms")
     prepared(recipe(rl="ebft", longlora={"shifted_attention": False}))
+
+
+# --- learning rates for groups of tensors --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "rate"),
+    [
+        ({}, "learning_rate"),
+        ({"embedding_lr": 1e-5}, "1e-05"),
+        ({"embedding_lr": 1e-5, "embedding_lr_scale": 0.5}, "0.5 × learning_rate"),
+    ],
+)
+def test_groups_of_rates_that_do_not_reach_embeddings_and_norms_are_warned_of(keys, rate):
+    given = recipe(lr_groups=[{"name": "norms", "modules": ["norm"], "lr": 0.1}], **keys)
+    (warning,) = prepared(given).warnings
+    assert f"embeddings and norms train at {rate}; write embedding_lr" in warning
+    assert not prepared({**given, "longlora": {"trainable": []}}).warnings
+    assert not prepared({**given, "adapter": "lora", "longlora": {}}).warnings
+    assert not prepared({**given, "lr_groups": []}).warnings
+
+
+# --- values of a kind that nobody can read --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"base_model": 3}, "base_model: got 3; write a name"),
+        ({"output_dir": ["a"]}, "output_dir: got ['a']; write a name or a path"),
+        ({"lora_model_dir": 3}, "lora_model_dir: got 3; write a name or a path"),
+        ({"deepspeed": 3}, "deepspeed: got 3; write a name or a path or a block of keys"),
+        ({"fsdp_config": "x"}, "fsdp_config: got 'x'; write a block of keys"),
+        ({"attn_implementation": ["a"]}, "attn_implementation: got ['a']; write a name"),
+        ({"lora_target_modules": [3]}, "lora_target_modules: got [3]; write a name or a list"),
+        ({"model_config": {1: 2}}, "model_config: got {1: 2}; write a block of keys"),
+        ({"model_config": {"hidden_size": "x"}}, "model_config.hidden_size: got 'x'"),
+        ({"longlora": {"full_attention_steps": float("inf")}}, "full_attention_steps: got inf"),
+    ],
+    ids=str,
+)
+def test_a_value_of_another_kind_is_one_problem_by_name(keys, says):
+    problems = prepare_run(recipe(**keys), llama()).problems
+    assert len(problems) == 1
+    assert says in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("base_model: &a [*a]", "contains itself"),
+        ("a: " + "[" * 5000, "not valid YAML"),
+        ("base_model: [x]\noutput_dir: 3", r"base_model: got \['x'\].*\n.*output_dir: got 3"),
+    ],
+    ids=["alias", "deep", "kinds"],
+)
+def test_a_file_that_is_no_recipe_is_one_clear_error(tmp_path, text, says):
+    (tmp_path / "recipe.yml").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        read_recipe(tmp_path / "recipe.yml")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "[" * 100000, '{"model_type": "llama", "num_attention_heads": 0}', "", '{"a"'],
+    ids=["a list", "deep", "no heads", "empty", "cut off"],
+)
+def test_a_damaged_config_of_the_base_is_one_clear_error(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="base_model: cannot read the config of"):
+        base_config_of({"base_model": str(tmp_path)})
