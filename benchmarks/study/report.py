@@ -82,7 +82,7 @@ def columns_of(question: Question) -> list[Column]:
         columns.append(("trainable, k", _measured(lambda m: m["trainable_parameters"] / 1e3), 0))
     elif settings.steps:
         columns.append(("attention's cost, %", _cost, 0))
-    if settings.steps:
+    if settings.steps and question.name != "adapters":  # made while other things ran
         columns.append(("s/step", _fastest(figures.seconds_a_step), 2))
         columns.append(("tokens/s", _fastest(figures.tokens_a_second, best=max), 0))
     return columns

@@ -31,6 +31,11 @@ from longlora_plugin.rope.base_config import (
 CARD = "README.md"
 OF_A_MODEL = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py", ".partial")
 """Endings of files that belong to one merged model and do not outlive it."""
+OF_THE_BASE = (
+    *("training.json", "trainer_state.json", "all_results.json", "train_results.json"),
+    *("eval_results.json", "params.json", MANIFEST),
+)
+"""Files of a base model that tell of its own training, or, Mistral's, its RoPE once more."""
 
 
 LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
@@ -295,7 +300,8 @@ def copy_other_files(source: Source, draft: Path) -> None:
         if not path.is_file() or path.name in weights or path.suffix not in OF_A_MODEL:
             continue
         is_weights = path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")
-        if is_weights or (own_tokenizer and path.name in TOKENIZER_FILES):
+        replaced = path.name in OF_THE_BASE or (own_tokenizer and path.name in TOKENIZER_FILES)
+        if is_weights or replaced:
             continue
         shutil.copyfile(path, draft / path.name)
     for name in TOKENIZER_FILES if own_tokenizer else ():

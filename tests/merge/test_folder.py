@@ -126,9 +126,11 @@ def test_folder_that_lacks_a_tensor_does_not_pass(tmp_path):
         check_loads(base)
 
 
-def test_the_card_keeps_a_users_words_and_the_bases_license(tmp_path):
+def test_a_users_words_and_the_bases_license_stay_and_what_tells_of_the_base_goes(tmp_path):
     base = base_folder(tmp_path)
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# base, 64 tokens\n")
+    for file in ("trainer_state.json", "params.json", "processor_config.json"):
+        (base / file).write_text("{}")
     job = source(base, adapter_folder(base, tmp_path / "adapter"))
     merge_and_finish(job, tmp_path / "merged")
     card = tmp_path / "merged" / "README.md"
@@ -136,6 +138,9 @@ def test_the_card_keeps_a_users_words_and_the_bases_license(tmp_path):
     assert "license: apache-2.0" in first
     assert "base, 64 tokens" not in first
     assert "unfinished" not in first
+    assert not (tmp_path / "merged" / "trainer_state.json").exists()
+    assert not (tmp_path / "merged" / "params.json").exists()
+    assert (tmp_path / "merged" / "processor_config.json").is_file()
     card.write_text(f"{first}\nMy words.\n")
     merge_and_finish(job, tmp_path / "merged")
     assert card.read_text().endswith("My words.\n")

@@ -67,7 +67,8 @@ def score_file(file: str, row: list[int]) -> list[float | None]:
                 "n_probs": 4096,
                 "temperature": 1.0,
                 "cache_prompt": True,
-                "ignore_eos": True,  # it would tell nothing; chances are those before sampling
+                # What it tells are chances before this; of half a character it tells none.
+                "logit_bias": [[row[position], 1000.0]],
                 "samplers": [],
             }
         )
