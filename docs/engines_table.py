@@ -20,8 +20,8 @@ def page() -> str:
         "How inference engines read a merged folder: the log-likelihoods of a row of 1536 tokens, "
         "of models with a context of 256 that were extended to 2048, against transformers 5. "
         "`equal`: perplexity within 0.5 % inside and beyond the original context; else perplexity "
-        "over that of transformers 5 at tokens 256–1023 / 1024–1535. Measured on a CPU by "
-        "`make test-engines`; `longlora serve-check` reads the same rows. `llama` is the "
+        "over that of transformers 5 at tokens 256–1023 / 1024–1535; –: not tried. Measured on a "
+        "CPU by `make test-engines`; `longlora serve-check` reads the same rows. `llama` is the "
         "quickstart's base model, the others are random.",
         "",
         f"| engine | model type | {' | '.join(ropes)} |",
