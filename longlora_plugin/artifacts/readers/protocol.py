@@ -20,6 +20,6 @@ def answer_all(version: str, score: Callable[[str, list[int]], dict[str, Any]]) 
         try:
             answer = {"version": version, **score(folder, row)}
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            answer = {"version": version, "error": f"{type(error).__name__}: {lines[0]}"[:400]}
+            said = " ".join(str(error).split())
+            answer = {"version": version, "error": f"{type(error).__name__}: {said}"[:400]}
         Path(out).write_text(json.dumps(answer))
