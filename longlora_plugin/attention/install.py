@@ -84,12 +84,6 @@ class ShiftedAttention:
         self._copies.update(memo[id(module)] for module in known if id(module) in memo)
         return self
 
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "a model with shifted attention cannot be pickled: call handle.remove() first, or save "
-            "it with save_pretrained"
-        )
-
     @property
     def layers(self) -> int:
         return len(self._modules)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import pickle
 import threading
 from typing import Any
 
@@ -268,18 +267,6 @@ def test_a_copy_of_an_enabled_model_decides_by_its_own_mode(kind: str, enable: E
         assert torch.equal(twin(**batch).logits, sparse)
         assert torch.equal(twin.eval()(**batch).logits, full)
     assert (sparse - full)[0].abs().max() > 1e-3
-
-
-def test_an_enabled_model_says_why_it_is_not_pickled_and_is_once_it_is_removed(
-    enable: Enable,
-) -> None:
-    model = tiny_llama()
-    handle = enable(model)
-    with pytest.raises(TypeError, match=r"call handle\.remove\(\) first"):
-        pickle.dumps(model)
-    handle.remove()
-    twin = pickle.loads(pickle.dumps(model))
-    assert torch.equal(twin(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("kind", KINDS)
