@@ -77,6 +77,7 @@ class ModelSource:
 
         That is PyTorch's own (sdpa) where the family has it; gpt-oss, for one, has not.
         """
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         options = dict(self.load_options)
@@ -89,7 +90,7 @@ class ModelSource:
             model = AutoModelForCausalLM.from_pretrained(
                 self.weights, config=config, dtype=dtype, **options
             )
-        except (RuntimeError, TypeError, KeyError) as error:
+        except (RuntimeError, TypeError, KeyError, SafetensorError) as error:
             raise ValueError(f"{self.label}: cannot load {self.weights}: {error}") from error
         if self.adapter is not None:
             model = put_on(model, self.adapter)
@@ -168,7 +169,7 @@ def _tokenizer(name: str, trust_remote_code: bool) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except OSError as error:
+    except (OSError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"cannot read a tokenizer from {name!r}: {error}") from None
 
 

@@ -71,10 +71,13 @@ def meta_model(config: Any, *, trust_remote_code: bool = False) -> Any:
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         remote = trust_remote_code and auto.__name__ in (getattr(config, "auto_map", None) or {})
         if remote or type(config) in auto._model_mapping:
-            with torch.device("meta"):
-                return auto.from_config(
-                    config, attn_implementation="eager", trust_remote_code=trust_remote_code
-                )
+            try:
+                with torch.device("meta"):
+                    return auto.from_config(
+                        config, attn_implementation="eager", trust_remote_code=trust_remote_code
+                    )
+            except (TypeError, RuntimeError, ArithmeticError) as error:
+                raise ValueError(f"base_model: its config builds no model: {error}") from error
     raise ValueError(
         f"base_model: transformers has no language model for model_type {config.model_type!r}; "
         "plan needs a decoder that generates text"

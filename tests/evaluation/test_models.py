@@ -144,6 +144,23 @@ def test_cut_off_adapter_config_is_one_clear_error(work, tmp_path):
     assert "adapter_config.json is not valid JSON" in " ".join(message.split())
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("model.safetensors", "cut", "cannot load"),
+        ("tokenizer_config.json", "[]", "cannot read a tokenizer"),
+        ("config.json", "[]", "cannot read the config"),
+    ],
+)
+def test_damaged_file_of_the_base_is_one_clear_error(work, tmp_path, file, content, says):
+    base = tmp_path / "base"
+    shutil.copytree(work / "base", base)
+    (base / file).write_text(content)
+    recipe = write_recipe(tmp_path / "r.yml", base, tmp_path / "out")
+    options = ("--data", work / "data.txt", "--lengths", 64, "--model", "base")
+    assert says in " ".join(refused(recipe, *options).split())
+
+
 def test_reward_model_is_refused(work, tmp_path):
     recipe = write_recipe(tmp_path / "r.yml", work / "base", work / "out", reward_model=True)
     assert "trains a reward model" in " ".join(refused(recipe, "--lengths", 64).split())
