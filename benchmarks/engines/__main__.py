@@ -73,7 +73,7 @@ def _row(engine: str, model_type: str, rope: str, answer: dict, reference: list)
         answer["version"],
         model_type,
         rope,
-        "equal" if is_equal(inside, beyond) else "different",
+        "equal" if is_equal(inside, beyond, engine=engine) else "different",
         *(round(ratio, 4) if math.isfinite(ratio) else None for ratio in (inside, beyond)),
         answer.get("served_context"),
     )

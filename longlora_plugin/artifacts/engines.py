@@ -291,7 +291,7 @@ def _measured_row(engine: Engine, saved: Saved, command: str) -> EngineRow:
     if verdict == "refused":
         return EngineRow(engine.name, "refused", found["error"], basis, None)
     ratio = found["beyond"]
-    what = "no numbers" if ratio is None else f"perplexity {ratio:.2f} times that of transformers 5"
+    what = "no numbers" if ratio is None else f"perplexity {ratio:.3g} times that of transformers 5"
     reason = (
         f"{what} beyond the base model's context, without an error; train with rope: yarn or linear"
     )

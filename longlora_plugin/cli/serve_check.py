@@ -107,7 +107,7 @@ def _tried(saved: Saved, rows: list[EngineRow], pythons: dict[str, str]) -> list
             continue
         inside = perplexity_ratio(answer["scores"], reference, 1, base)
         beyond = perplexity_ratio(answer["scores"], reference, base, length - 1)
-        same = is_equal(inside, beyond)
+        same = is_equal(inside, beyond, engine=row.engine)
         tried.append(
             replace(
                 row,

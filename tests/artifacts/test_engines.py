@@ -199,6 +199,8 @@ def test_another_rope_in_an_engine_is_seen_and_a_failure_is_told(saved):
     assert len(one["scores"]) == len(tokens) - 1
     ratio = perplexity_ratio(one["scores"], other["scores"], CONTEXT, len(tokens))
     assert not is_equal(ratio)
+    assert is_equal(1.002, engine="vllm")
+    assert not is_equal(1.002, engine="transformers-4")
     (yarn / "config.json").write_text("{}")
     with pytest.raises(EngineError, match="Error"):
         score("transformers-5", sys.executable, yarn, tokens)
