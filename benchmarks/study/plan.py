@@ -117,6 +117,10 @@ X32_RIVALS = (
     Row(
         "PoSE, rows of 512, last 25% long",
         replace(X32, attention="full", short_share=0.75, skipped=True),
+    ),
+    Row(
+        "PoSE, rows of 512, last 10% long",
+        replace(X32, attention="full", short_share=0.9, skipped=True),
         ONE,
     ),
     Row(
