@@ -130,7 +130,8 @@ X32_RIVALS = (
     ),
     Row("S², random 25% full", replace(X32, random_full=0.25), ONE),
     Row("S² with 256 sink tokens", replace(X32, attention="sinks", sinks=256), ONE),
-    Row("S², first layer full", replace(X32, full_layers=(0,)), ONE),
+    Row("S², first layer full", replace(X32, full_layers=(0,))),
+    Row("S², first layer full, last 10% full", replace(X32, full_layers=(0,), finish=0.1), ONE),
     Row("S², last layer full", replace(X32, full_layers=(3,)), ONE),
 )
 
