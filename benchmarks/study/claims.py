@@ -355,4 +355,11 @@ CLAIMS = (
         X32_S2,
         perplexity,
     ),
+    Claim(
+        "×32: LoRA alone is worse than LongLoRA (last 10 % full), last half",
+        "11.44 against 8.12, +41 % (Table 2)",
+        ("x32-methods", "LoRA r=8"),
+        ("x32-methods", "LongLoRA (both)"),
+        at("last"),
+    ),
 )

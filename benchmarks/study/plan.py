@@ -123,16 +123,10 @@ X32_RIVALS = (
         replace(X32, attention="full", short_share=0.9, skipped=True),
         ONE,
     ),
-    Row(
-        "PoSE, rows of 1024",
-        replace(X32, attention="full", short_share=1.0, short_rows=1024, skipped=True),
-        ONE,
-    ),
     Row("S², random 25% full", replace(X32, random_full=0.25), ONE),
     Row("S² with 256 sink tokens", replace(X32, attention="sinks", sinks=256), ONE),
     Row("S², first layer full", replace(X32, full_layers=(0,))),
     Row("S², first layer full, last 10% full", replace(X32, full_layers=(0,), finish=0.1), ONE),
-    Row("S², last layer full", replace(X32, full_layers=(3,)), ONE),
 )
 
 X32_METHODS = (
