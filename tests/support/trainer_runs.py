@@ -29,6 +29,8 @@ ENV = {
     "AXOLOTL_DO_NOT_TRACK": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # A few rows are packed sooner than the code that packs them is compiled.
+    "NUMBA_DISABLE_JIT": "1",
     # Without it accelerate looks for GPUs to put FSDP's processes on.
     "ACCELERATE_TORCH_DEVICE": "cpu",
 }
