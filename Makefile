@@ -68,7 +68,8 @@ test-quick: install
 MATRIX_PYTHON ?= $(shell for p in $(HOME)/.pyenv/versions/3.12*/bin/python3.12 python3.12; do \
 	$$p -c 'import venv, ensurepip' 2>/dev/null && echo $$p && break; done)
 MATRIX_VENV ?= .venv-matrix
-MATRIX_TESTS := tests/e2e/test_end_to_end.py tests/e2e/test_reach.py tests/checkpoints/test_resume.py \
+MATRIX_TESTS := tests/e2e/test_end_to_end.py tests/e2e/test_reach.py tests/e2e/test_context_parallel.py \
+	tests/checkpoints/test_resume.py tests/run/test_context_parallel.py \
 	tests/merge/test_merge.py tests/merge/test_folder.py tests/merge/test_kinds.py tests/host \
 	tests/run/test_works_with.py::test_every_key_of_axolotls_schema_has_a_row
 

@@ -24,6 +24,7 @@ from longlora_plugin.host.compat import (
     uses_deepspeed,
     uses_fsdp,
 )
+from longlora_plugin.host.context_parallel import check_padding, group_of_rows, weigh_targets
 from longlora_plugin.host.preference import (
     has_adapter,
     precompute_references,
@@ -32,6 +33,7 @@ from longlora_plugin.host.preference import (
 from longlora_plugin.rope import check_built_rope, keep_both_spellings
 from longlora_plugin.run.base_model import base_config_of
 from longlora_plugin.run.built import adapter_keys_of, enable_attention
+from longlora_plugin.run.context_parallel import splits_with_ring_flash_attn
 from longlora_plugin.run.manifest import STARTS, check_merged, check_start, manifest_of
 from longlora_plugin.run.prepare import PreparedRun, prepare_run
 from longlora_plugin.run.recipe import asks_for_longlora
@@ -197,6 +199,8 @@ class LongLoRAPlugin(BasePlugin):
             from longlora_plugin.attention.schedule import AttentionSchedule
 
             callbacks.append(AttentionSchedule(self._handles, steps, _tell, _warn))
+        if run.context_parallel > 1:
+            callbacks += self._share_rows(cfg, run, trainer)
         if run.adapter == "longlora" and not (uses_deepspeed(cfg) or uses_fsdp(cfg)):
             from longlora_plugin.adapter.optimizer import CheckOptimizer
 
@@ -225,6 +229,26 @@ class LongLoRAPlugin(BasePlugin):
                 )
             )
         return callbacks
+
+    def _share_rows(self, cfg: Any, run: PreparedRun, trainer: Any) -> list[Any]:
+        from longlora_plugin.attention.sharing import ShareRows
+
+        if uses_deepspeed(cfg):
+            raise RecipeError(
+                "context parallelism does not work with DeepSpeed, with which this run was "
+                "launched; launch it without, with fsdp_version: 2 and fsdp_config"
+            )
+        rows = 1 if cfg.sample_packing else cfg.micro_batch_size
+        check_padding(trainer.processing_class, rows)
+        model = trainer.model
+
+        def group() -> Any:
+            # Behind Axolotl's own hooks, which are there once training begins.
+            if splits_with_ring_flash_attn():
+                self._undo.append(weigh_targets(model, run.context_parallel))
+            return group_of_rows()
+
+        return [ShareRows(self._handles, run.context_parallel, group, _tell)]
 
     def post_train_unload(self, cfg: Any) -> None:
         while self._finish:

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from longlora_plugin.attention import S2, shifted_sparse_attention
 from longlora_plugin.attention.backends import backend_for
 from longlora_plugin.attention.call import AttentionCall
+from longlora_plugin.attention.gather import Shards
 from longlora_plugin.attention.halo import sharded_attention
 from longlora_plugin.attention.layout import head_runs
-from longlora_plugin.attention.shards import Shards
 
 SECONDS = 120
 """After which a process counts as hanging."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from longlora_plugin.attention.layer_types import FULL_ATTENTION, limits_attention
+from longlora_plugin.attention.layout import LOCAL_FREQUENCIES
 
 REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"
 """transformers' registry of attention functions, as modelling files call it."""
@@ -64,18 +65,18 @@ def check_shardable(model: torch.nn.Module, skipped: Mapping[str, int]) -> None:
     if skipped:
         reasons = "; ".join(f"{count} × {reason}" for reason, count in skipped.items())
         raise ValueError(
-            f"process_group: {type(model).__name__} has layers that shifted attention does not "
-            f"cover and that would see their own shard only: {reasons}. Train it without a "
-            "process_group"
+            f"rows that processes share: {type(model).__name__} has layers that shifted attention "
+            f"does not cover and that would see their own shard only: {reasons}. Train it without "
+            "context_parallel_size (or process_group)"
         )
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         for kind in kinds.values() if isinstance(kinds, Mapping) else [kinds]:
-            if kind in ("dynamic", "longrope"):
+            if kind in LOCAL_FREQUENCIES:
                 raise ValueError(
-                    f"process_group: RoPE of type {kind} takes its frequencies from the longest "
-                    "position in the model, and each shard has another; write linear, ntk, yarn or "
-                    "llama3"
+                    f"rows that processes share: RoPE of type {kind} takes its frequencies from "
+                    "the longest position in the model, and each shard has another; write linear, "
+                    "ntk, yarn or llama3"
                 )
 
 

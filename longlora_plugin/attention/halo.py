@@ -25,7 +25,7 @@ from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.layout import HeadRun
 from longlora_plugin.attention.rows import flatten, unflatten
 from longlora_plugin.attention.sdpa import by_run
-from longlora_plugin.attention.shards import OWN, Layout, Row
+from longlora_plugin.attention.shards import OWN, Exchange, Layout, Row
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCall], torch.Tensor]
 """A back end: (q_FhTD, k_FhTD, v_FhTD, call) → out_FThD."""
@@ -88,6 +88,32 @@ def sharded_attention(
         outputs.append(attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), part))
     out_FTHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return out_FTHD if row.documents.are_rows else unflatten(out_FTHD[0], row.local)
+
+
+def exchange_of(
+    row: Row, k_BKND: torch.Tensor, v_BKND: torch.Tensor, call: AttentionCall
+) -> Exchange:
+    """What a layer's forward pass exchanges for a row."""
+    layouts = [
+        row.layout(call.group_size, run.shift, call.full_attention_below) for run in call.runs
+    ]
+    width = (k_BKND.shape[-1] + v_BKND.shape[-1]) * k_BKND.element_size()
+    heads = [run.kv.stop - run.kv.start for run in call.runs]
+    processes, tokens = len(row.lengths), max(row.lengths)
+    received = [
+        row.folds
+        * width
+        * sum(h * layout.halos[rank] for h, layout in zip(heads, layouts, strict=True))
+        for rank in range(processes)
+    ]
+    return Exchange(
+        processes=processes,
+        tokens=tokens,
+        halo=max(max(layout.halos) for layout in layouts),
+        hops=max(layout.hops for layout in layouts),
+        received=max(received),
+        ring=(processes - 1) * k_BKND.shape[0] * tokens * k_BKND.shape[1] * width,
+    )
 
 
 class HaloExchange(torch.autograd.Function):

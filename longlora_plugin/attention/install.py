@@ -25,8 +25,8 @@ from longlora_plugin.attention import packing
 from longlora_plugin.attention.backends import backend_for, check_settings
 from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.eligibility import attention_layers, eligible_layers
-from longlora_plugin.attention.forwards import Forward, Forwards, ReadDocuments
-from longlora_plugin.attention.halo import sharded_attention
+from longlora_plugin.attention.forwards import Forwards, ReadDocuments
+from longlora_plugin.attention.gather import Shards, shards_of
 from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
 from longlora_plugin.attention.registries import (
     MARK,
@@ -36,7 +36,7 @@ from longlora_plugin.attention.registries import (
     enable,
     original_mask,
 )
-from longlora_plugin.attention.shards import Row, Shards, shards_of
+from longlora_plugin.attention.shards import Exchange
 
 
 class ShiftedAttention:
@@ -76,6 +76,7 @@ class ShiftedAttention:
         self._copies: WeakSet[torch.nn.Module] = WeakSet()
         self._forwards = Forwards()
         self._shards = shards
+        self._implementations = {module.config._attn_implementation for module in modules}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShiftedAttention:
         # A copied model shares the handle, as it shares `remove()`. `memo` holds the copies of
@@ -91,6 +92,23 @@ class ShiftedAttention:
     @property
     def is_sharded(self) -> bool:
         return self._shards is not None
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """Where processes share rows: what a layer exchanged in the first pass."""
+        return None if self._shards is None else self._shards.exchange
+
+    def share_rows(self, process_group: dist.ProcessGroup) -> None:
+        """From now on a batch is a contiguous shard of rows that the group's processes share.
+
+        The attention implementation is the one that the model had when it was enabled: what splits
+        rows may have renamed it since.
+
+        Raises:
+            ValueError: this process is not in the group.
+        """
+        shards = Shards(process_group)
+        self._shards = shards if shards.size > 1 else None
 
     def remove(self) -> None:
         """Bring the original behavior back; a second call does nothing."""
@@ -161,7 +179,8 @@ class ShiftedAttention:
             return
         if not forward.position_ids.shape[1] and module.training and forward.trains and self.active:
             # Models fail on an empty shard before they reach a layer; others would wait for it.
-            self._gather(self._shards, forward, forward.position_ids)
+            positions = forward.position_ids
+            self._shards.gather_for_model(positions, forward.attention_mask, positions)
 
     def _end(self, module: torch.nn.Module, *_: Any) -> None:
         self._forwards.end(module)
@@ -212,7 +231,7 @@ class ShiftedAttention:
         """S²-Attn with the arguments of a transformers attention function.
 
         Args:
-            query: [B, H, N, D]; key, value: [B, K, N, D].
+            query, key, value: [B, H, N, D], [B, K, N, D].
             attention_mask: what the mask wrapper returned: [B, 1, 1, N] document ids, or None.
 
         Returns:
@@ -223,7 +242,7 @@ class ShiftedAttention:
                 f"{type(module).__name__} adds a position bias to its attention scores, which "
                 "shifted attention does not support; write longlora: {shifted_attention: false}"
             )
-        implementation = module.config._attn_implementation
+        implementation = self._implementation_of(module)
         if query.dtype == torch.float32 and "flash" in implementation:
             from transformers.integrations.flash_attention import get_target_dtype
 
@@ -234,7 +253,8 @@ class ShiftedAttention:
         if self._shards is None:
             documents = self._find_documents(query, attention_mask, position_ids, cu_seq_lens_q)
         else:
-            row = self._find_row(self._shards, query, attention_mask, position_ids)
+            forward, tokens_BN = self._forwards.current, query[:, 0, :, 0]
+            row = self._shards.row_of(forward, tokens_BN, attention_mask, position_ids)
             documents = row.local
         call = AttentionCall(
             documents=documents,
@@ -249,43 +269,13 @@ class ShiftedAttention:
         )
         attend = backend_for(implementation)
         if self._shards is None or row is None:
-            out_BNHD = attend(query, key, value, call)
-        else:
-            out_BNHD = sharded_attention(attend, query, key, value, call, row, self._shards.group)
-        return out_BNHD.contiguous(), None
+            return attend(query, key, value, call).contiguous(), None
+        return self._shards.attend(attend, query, key, value, call, row).contiguous(), None
 
-    def _find_row(
-        self,
-        shards: Shards,
-        query: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-    ) -> Row:
-        forward = self._forwards.current
-        if forward is None:
-            return shards.recall(attention_mask, position_ids)
-        if forward.row is None:
-            if attention_mask is not None and not are_document_ids(attention_mask):
-                forward.attention_mask = attention_mask  # a custom one, which is refused
-            forward.row = self._gather(shards, forward, query[:, 0, :, 0])
-        shards.remember(forward.row, attention_mask, position_ids)
-        return forward.row
-
-    def _gather(self, shards: Shards, forward: Forward, tokens_BN: torch.Tensor) -> Row:
-        batch, length = tokens_BN.shape
-        row = shards.gather(
-            forward.position_ids,
-            forward.attention_mask,
-            batch=batch,
-            length=length,
-            device=tokens_BN.device,
-        )
-        if 0 in row.lengths:
-            raise ValueError(
-                f"processes hold {', '.join(map(str, row.lengths))} tokens of a row; a model "
-                "cannot run without tokens: cut rows so that every process of the group has some"
-            )
-        return row
+    def _implementation_of(self, module: torch.nn.Module) -> str:
+        if self._shards is not None and len(self._implementations) == 1:
+            return next(iter(self._implementations))
+        return module.config._attn_implementation
 
     def _find_documents(
         self,

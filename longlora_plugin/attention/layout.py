@@ -125,3 +125,23 @@ def segments(
                 cut.append((start, size))
                 start += size
     return tuple(cut)
+
+
+LOCAL_FREQUENCIES = ("dynamic", "longrope")
+"""Types of RoPE that rows in shards cannot have: frequencies come from the largest position that a
+process sees."""
+
+
+def halo_tokens(shard: int, group_size: int, shift: int, rank: int) -> int:
+    """Tokens of earlier processes that shard number `rank` needs for heads of one shift.
+
+    Args:
+        shard: tokens of a process.
+    """
+    return min((rank * shard + shift) % group_size, rank * shard)
+
+
+def group_sizes_that_divide(shard: int) -> list[int]:
+    """Even group sizes with no halo for plain heads: those that divide a shard, ascending."""
+    small = [size for size in range(1, int(shard**0.5) + 1) if shard % size == 0]
+    return sorted({size for each in small for size in (each, shard // each) if size % 2 == 0})

@@ -20,18 +20,15 @@ flattened, one in all where every row is one document.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from longlora_plugin.attention import packing
-from longlora_plugin.attention.eligibility import check_shardable
 from longlora_plugin.attention.layout import Segments, segments
 from longlora_plugin.attention.packing import PADDING, Documents
 
@@ -69,6 +66,26 @@ def transfers(bounds: Bounds, halos: Sequence[Sequence[int]]) -> tuple[Transfer,
     return tuple(found)
 
 
+class Exchange(NamedTuple):
+    """What the forward pass of one layer exchanges, as the busiest process has it.
+
+    Attributes:
+        processes: that share a row.
+        tokens: of its shard.
+        halo: tokens that it gets of the processes before it, at most of all runs of heads.
+        hops: how many processes before it the first of them comes from.
+        received: bytes that it gets.
+        ring: bytes that ring attention would bring it.
+    """
+
+    processes: int
+    tokens: int
+    halo: int
+    hops: int
+    received: int
+    ring: int
+
+
 @dataclass(frozen=True)
 class Layout:
     """One process's part of a row, for heads of one shift.
@@ -79,6 +96,8 @@ class Layout:
         sends: [process] → (first, tokens) of own tokens, counted over all pieces, that it needs.
         parts: (process or `OWN`, tokens) that keys consist of, in order.
         crossing: tokens that processes send each other, over all of them; equal on each.
+        halos: [process] → tokens that it gets; equal on each.
+        hops: how many processes before it a process gets tokens from, at most; equal on each.
     """
 
     pieces: tuple[tuple[int, int], ...]
@@ -88,6 +107,8 @@ class Layout:
     sends: tuple[Segments, ...]
     parts: tuple[tuple[int, int], ...]
     crossing: int
+    halos: tuple[int, ...]
+    hops: int
 
 
 @dataclass(frozen=True)
@@ -198,7 +219,9 @@ class Row:
             documents = Documents(1, tokens, _clip(cut, starts, mine))
             cuts = (0, tokens)
         crossing = sum(t.end - t.first for t in sent)
-        return Layout(pieces, documents, *cuts, sends, tuple(parts), crossing)
+        hops = max((t.target - t.source for t in sent), default=0)
+        every = tuple(map(sum, halos))
+        return Layout(pieces, documents, *cuts, sends, tuple(parts), crossing, every, hops)
 
 
 def _start_of(starts: list[int], token: int) -> int:
@@ -217,143 +240,6 @@ def _clip(cut: Segments, starts: list[int], pieces: Sequence[tuple[int, int]]) -
             offset += tokens
             index += 1
     return tuple(clipped)
-
-
-PROBLEMS = (
-    "",
-    "a process was given no position_ids; shards need those of their tokens in the whole row, "
-    "starting anew where a packed document starts: pass position_ids [rows, tokens]",
-    "a process was given position_ids of another shape than its tokens; pass [rows, tokens of the "
-    "shard]",
-    "a process was given an attention_mask that is not [rows, tokens of the shard]; pass none, or "
-    "a 2-D one that is 0 at padding",
-)
-
-
-class Shards:
-    """The processes that share rows, and the rows that are in the model now.
-
-    Args:
-        group: every process of it holds one shard; ranks follow the order of tokens.
-
-    Raises:
-        ValueError: this process is not in the group.
-    """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        if self.rank < 0:
-            raise ValueError(
-                "process_group does not contain this process; every process enables shifted "
-                "attention with the group that it shares its own rows with"
-            )
-        self._rows = WeakTensorKeyDictionary()
-
-    def gather(
-        self,
-        position_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        *,
-        batch: int,
-        length: int,
-        device: torch.device,
-    ) -> Row:
-        """Put the row together from all processes, 8 bytes a token: once a forward pass.
-
-        Args:
-            position_ids: integer [B, n] or [1, n], of this shard's tokens in the whole row.
-            attention_mask: [B, n], 0 at padding; None where all tokens are real.
-            batch, length: B and n.
-
-        Raises:
-            ValueError: on every process alike: one was given no positions or such of another
-                shape, shards do not fit together, or positions are out of order.
-        """
-        problem = _problem(position_ids, attention_mask, batch, length)
-        header = torch.tensor([problem, batch, length], device=device)
-        headers = torch.stack(self._all_gather(header)).tolist()
-        self._check(headers)
-        lengths = [length for _, _, length in headers]
-        shared = torch.full((batch, max(lengths)), PADDING, dtype=torch.long, device=device)
-        if position_ids is not None and length:
-            positions = position_ids.to(device).expand(batch, length)
-            if attention_mask is not None:
-                positions = positions.masked_fill(attention_mask.to(device) == 0, PADDING)
-            shared[:, :length] = positions
-        gathered = torch.stack(self._all_gather(shared)).cpu().numpy()
-        return Row.of([each[:, :n] for each, n in zip(gathered, lengths, strict=True)], self.rank)
-
-    def remember(self, row: Row, *arguments: Any) -> None:
-        """Note the row of the tensors that layers are given: recomputation gets the same ones."""
-        for each in arguments:
-            if isinstance(each, torch.Tensor):
-                self._rows[each] = row
-
-    def recall(self, *arguments: Any) -> Row:
-        """The row of a layer that runs outside a forward pass, in recomputation.
-
-        Raises:
-            ValueError: none of its arguments is known.
-        """
-        for each in arguments:
-            if isinstance(each, torch.Tensor) and each in self._rows:
-                return self._rows[each]
-        raise ValueError(
-            "shifted attention over several processes ran outside the forward pass of its model "
-            "and cannot tell of which row; run whole models, and if a layer was recomputed, "
-            "switch gradient checkpointing off"
-        )
-
-    def _all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        every = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(every, x.contiguous(), group=self.group)
-        return every
-
-    def _check(self, headers: list[list[int]]) -> None:
-        for rank, (problem, _, _) in enumerate(headers):
-            if problem:
-                raise ValueError(
-                    f"shifted attention over several processes: {PROBLEMS[problem]} (process "
-                    f"{rank} of the group)"
-                )
-        shapes = [(batch, length) for _, batch, length in headers]
-        if len({batch for batch, _ in shapes}) > 1:
-            raise ValueError(
-                f"processes that share rows have unequal shards, [rows, tokens]: "
-                f"{', '.join(str(list(shape)) for shape in shapes)}; all must have as many "
-                "rows: every process of the group needs the same batch before it is cut"
-            )
-
-
-def shards_of(
-    model: torch.nn.Module, skipped: Mapping[str, int], process_group: dist.ProcessGroup | None
-) -> Shards | None:
-    """The processes that share `model`'s rows; None where no other does.
-
-    Raises:
-        ValueError: as `Shards` and `check_shardable`.
-    """
-    if process_group is None:
-        return None
-    check_shardable(model, skipped)
-    shards = Shards(process_group)
-    return shards if shards.size > 1 else None
-
-
-def _problem(
-    position_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    batch: int,
-    length: int,
-) -> int:
-    if position_ids is None:
-        return 1
-    if tuple(position_ids.shape) not in ((batch, length), (1, length)):
-        return 2
-    if attention_mask is not None and tuple(attention_mask.shape) != (batch, length):
-        return 3
-    return 0
 
 
 def _check_order(positions: np.ndarray) -> None:

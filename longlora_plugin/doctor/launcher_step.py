@@ -1,8 +1,9 @@
-"""One training step of a tiny model under DeepSpeed or FSDP2, in a process of its own.
+"""One training step of a tiny model under DeepSpeed or FSDP2, or a row that two processes share, in
+a process of its own.
 
-`python -m longlora_plugin.doctor.launcher_step deepspeed|fsdp` prints one line saying what ran; any
-error ends it with a traceback. `doctor` starts it: a launcher that hangs or dies takes nothing
-down with it, and the process group it makes is gone afterwards.
+`python -m longlora_plugin.doctor.launcher_step deepspeed|fsdp|context_parallel` prints one line
+saying what ran; any error ends it with a traceback. `doctor` starts it: a launcher that hangs or
+dies takes nothing down with it, and the process group it makes is gone afterwards.
 """
 
 from __future__ import annotations
@@ -93,6 +94,11 @@ def try_fsdp(device: str) -> str:
 
 def main(launcher: str) -> None:
     """Take one step under `launcher`, in this process, and print what it comes to."""
+    if launcher == "context_parallel":
+        from longlora_plugin.doctor.exchange import try_exchange
+
+        print(f"TRIAL {try_exchange()}")
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _environment(device)
     done = {"deepspeed": try_deepspeed, "fsdp": try_fsdp}[launcher](device)

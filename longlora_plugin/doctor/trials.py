@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from longlora_plugin.doctor.machine import DISTRIBUTION
+from longlora_plugin.run.context_parallel import package_that_cuts_rows
 
 INSTALL = {
     "bitsandbytes": "pip install bitsandbytes",
@@ -19,6 +21,8 @@ INSTALL = {
     "flash_attn": f'pip install --no-build-isolation "{DISTRIBUTION}[flash-attn]"',
     "flash_attn_interface": "build FlashAttention 3 from the `hopper` folder of its repository",
     "flash_attn.cute": "pip install flash-attn-4",
+    "ring_flash_attn": "pip install ring-flash-attn",
+    "ringmaster": f'pip install "{DISTRIBUTION}[ringmaster]"',
 }
 """Module → how to get it."""
 BACKENDS = {
@@ -67,7 +71,9 @@ def trials_for(device: str) -> dict[str, tuple[Callable[[], str], bool]]:
                 partial(try_bitsandbytes, bits, device, evaluated),
                 False,
             )
-    for launcher in ("deepspeed", "fsdp"):
+    cuts_rows = package_that_cuts_rows()
+    trials[cuts_rows] = (partial(try_import, cuts_rows), False)
+    for launcher in ("deepspeed", "fsdp", "context_parallel"):
         trials[launcher] = (partial(try_launcher, launcher), True)
     return trials
 
@@ -204,8 +210,17 @@ def try_bitsandbytes(bits: int, device: str, evaluated: bool) -> str:
     return f"output and gradient equal the dequantized weights (error {error:.0e})"
 
 
+def try_import(module: str) -> str:
+    """A package that Axolotl imports by itself."""
+    _need(module)
+    importlib.import_module(module)
+    return "it is installed and loads"
+
+
 def try_launcher(launcher: str) -> str:
-    """One step under DeepSpeed or FSDP2 in a process of its own."""
+    """One step under DeepSpeed or FSDP2, or one of two processes that share a row, in a process of
+    its own.
+    """
     if launcher == "deepspeed":
         _need("deepspeed")
     command = [sys.executable, "-m", "longlora_plugin.doctor.launcher_step", launcher]

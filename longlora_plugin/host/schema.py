@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib
 import logging
+import sys
+import types
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +54,9 @@ def check_schema(recipe: Mapping[str, Any], capabilities: Mapping[str, Any]) -> 
     before = dict(manager.plugins)
     environment = {"torch_version": str(torch.__version__).split("+", maxsplit=1)[0]}
     cfg = DictDefault(copy.deepcopy(dict(recipe)))
-    with _warnings_into(report.warnings):
+    shares_rows = cfg.get("context_parallel_size") or cfg.get("sequence_parallel_degree")
+    installed = _as_if_installed("ring_flash_attn") if shares_rows else nullcontext()
+    with _warnings_into(report.warnings), installed:
         try:
             manager.plugins.clear()
             _load_plugins(manager, cfg, report)
@@ -80,6 +85,23 @@ def check_schema(recipe: Mapping[str, Any], capabilities: Mapping[str, Any]) -> 
             manager.plugins.clear()
             manager.plugins.update(before)
     return report
+
+
+@contextmanager
+def _as_if_installed(package: str) -> Iterator[None]:
+    """Axolotl 0.19 imports ring-flash-attn to validate a recipe, also of one for another machine;
+    whether it is there, `doctor` says.
+    """
+    try:
+        importlib.import_module(package)
+    except ImportError:  # or flash-attn, which it imports
+        sys.modules[package] = types.ModuleType(package)
+        try:
+            yield
+        finally:
+            del sys.modules[package]
+    else:
+        yield
 
 
 def _load_plugins(manager: Any, cfg: Any, report: SchemaReport) -> None:

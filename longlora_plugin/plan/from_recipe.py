@@ -19,6 +19,7 @@ from longlora_plugin.plan.remedies import MLP_TILE
 from longlora_plugin.plan.shape import ModelShape, meta_model
 from longlora_plugin.run.axolotl_keys import LORA_DEFAULTS, attention_implementation
 from longlora_plugin.run.built import adapter_keys_of
+from longlora_plugin.run.context_parallel import context_parallel_size
 from longlora_plugin.run.prepare import PreparedRun, prepare_run
 from longlora_plugin.run.recipe import Recipe
 
@@ -28,8 +29,6 @@ DEEPSPEED_LIVE = int(1e9)
 VARLEN_HEAD_DIM = 256
 """Widest head of torch's varlen attention."""
 NOT_MODELLED = ("tensor_parallel_size", "expert_parallel_size")
-CONTEXT_PARALLEL = ("context_parallel_size", "sequence_parallel_degree")
-"""Axolotl's spellings; the third is `context_parallel: {size: …}`."""
 
 
 def model_of(recipe: Recipe, config: Any) -> tuple[PreparedRun, Any]:
@@ -127,14 +126,6 @@ def training_of(
                 f"{key}: {raw[key]} is not modelled; every GPU is planned as data-parallel"
             )
     return Training(**values), tuple(notes)
-
-
-def context_parallel_size(raw: Mapping[str, Any]) -> int:
-    """How many GPUs share a row, by any of Axolotl's spellings."""
-    block = raw.get("context_parallel")
-    given = [raw.get(key) for key in CONTEXT_PARALLEL]
-    given.append(block.get("size") if isinstance(block, Mapping) else None)
-    return max(int(each or 1) for each in given)
 
 
 def _mlp_tiles(raw: Mapping[str, Any], tokens: int) -> int:

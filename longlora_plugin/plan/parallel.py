@@ -11,17 +11,8 @@ gradients of the same tensors.
 
 from __future__ import annotations
 
-from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
+from longlora_plugin.attention.layout import S2, AttentionPattern, halo_tokens, head_runs
 from longlora_plugin.plan.shape import ModelShape
-
-
-def halo_tokens(shard: int, group_size: int, shift: int, rank: int) -> int:
-    """Tokens of earlier processes that shard number `rank` needs for heads of one shift.
-
-    Args:
-        shard: tokens of a process.
-    """
-    return min((rank * shard + shift) % group_size, rank * shard)
 
 
 def halo_bytes(
@@ -62,9 +53,3 @@ def ulysses_bytes(shape: ModelShape, sequence_len: int, processes: int, bytes_ea
     shard = sequence_len // processes
     width = (shape.heads + shape.kv_heads) * (shape.head_dim + shape.value_dim) * bytes_each
     return shard * width * (processes - 1) // processes
-
-
-def group_sizes_that_divide(shard: int) -> list[int]:
-    """Even group sizes with no halo for plain heads: those that divide a shard, ascending."""
-    small = [size for size in range(1, int(shard**0.5) + 1) if shard % size == 0]
-    return sorted({size for each in small for size in (each, shard // each) if size % 2 == 0})

@@ -21,7 +21,6 @@ from longlora_plugin.plan.from_recipe import (
 from longlora_plugin.plan.gpus import GPUS, Gpu, find_gpu
 from longlora_plugin.plan.memory import GIB, Memory, Training, host_memory, memory
 from longlora_plugin.plan.parallel import (
-    group_sizes_that_divide,
     halo_bytes,
     ring_bytes,
     ulysses_bytes,
@@ -29,6 +28,7 @@ from longlora_plugin.plan.parallel import (
 from longlora_plugin.plan.parameters import Parameters
 from longlora_plugin.plan.remedies import Tried, remedies
 from longlora_plugin.plan.shape import ModelShape, shape_of
+from longlora_plugin.run.context_parallel import group_warning
 from longlora_plugin.run.recipe import Recipe
 
 STEP = 256
@@ -216,7 +216,14 @@ def planned_run(recipe: Recipe, config: Any, gpus: int = 1, rows: int | None = N
         if steps.assumed:
             notes += (f"full_attention_steps: {block.full_attention_steps:g} of {steps.why}",)
     if uses_shifted_attention(recipe) and training.context_parallel > 1:
-        notes += _about_shards(block.group_size_for(recipe.sequence_len), training)
+        group = block.group_size_for(recipe.sequence_len)
+        about = group_warning(group, recipe.sequence_len, training.context_parallel)
+        notes += (about,) if about else ()
+    if training.context_parallel > 1:
+        notes += (
+            "context parallelism: hours count arithmetic alone, on equal parts of a row; what GPUs "
+            "send each other is not in them, and nobody measured it",
+        )
     return Run(
         shape=shape,
         parameters=parameters_of(prepared, model),
@@ -230,18 +237,6 @@ def planned_run(recipe: Recipe, config: Any, gpus: int = 1, rows: int | None = N
         full_steps_share=share,
         stores_scores=attention_of(recipe) == "eager",
         own_attention=uses_own_attention(recipe),
-    )
-
-
-def _about_shards(group: int, training: Training) -> tuple[str, ...]:
-    shard = training.sequence_len // training.context_parallel
-    if shard % group == 0:
-        return ()
-    near = [size for size in group_sizes_that_divide(shard) if size <= group]
-    return (
-        f"group size {group} does not divide the {shard} tokens of a GPU "
-        f"(sequence_len / context_parallel_size): more than half a group crosses between GPUs; "
-        f"the nearest that does: longlora: {{group_size: {near[-1] if near else 2}}}",
     )
 
 

@@ -56,12 +56,17 @@ def enable_attention(run: PreparedRun, model: Any) -> ShiftedAttention | None:
         return None
     from longlora_plugin.attention import enable_shifted_attention
 
-    return enable_shifted_attention(
+    handle = enable_shifted_attention(
         model,
         group_size=run.group_size,
         full_attention_below=run.full_attention_below,
         pattern=find("longlora_attention_patterns", run.attention_pattern),
     )
+    if run.context_parallel > 1:
+        from longlora_plugin.attention.eligibility import check_shardable
+
+        check_shardable(model, handle.skipped)
+    return handle
 
 
 def built_of(run: PreparedRun, model: Any) -> Built:

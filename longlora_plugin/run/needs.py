@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from longlora_plugin.run.axolotl_keys import attention_implementation
+from longlora_plugin.run.context_parallel import package_that_cuts_rows, spellings_of
 
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 
@@ -46,6 +47,10 @@ def needs_of(recipe: Mapping[str, Any]) -> Iterator[Need]:
         yield Need("deepspeed", f"deepspeed: {recipe['deepspeed']}", "or remove deepspeed")
     if recipe.get("fsdp_config") or recipe.get("fsdp"):
         yield Need("fsdp", "fsdp_config", "or remove it")
+    for key, size in spellings_of(recipe).items():
+        if str(size) != "1":
+            names = ["context_parallel", package_that_cuts_rows()]
+            yield from (Need(name, f"{key}: {size}", f"or remove {key}") for name in names)
 
 
 def unsupported_on(device: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from longlora_plugin.args import LongLoRAConfig
 from longlora_plugin.checkpoints.resume import check_adapter, choose_checkpoint
 from longlora_plugin.rope import RopeSettings, resolve_rope, rope_parameters_of
-from longlora_plugin.run import checks
+from longlora_plugin.run import checks, context_parallel
 from longlora_plugin.run.axolotl_keys import (
     ROPE_KEYS,
     adapter_keys,
@@ -49,6 +49,7 @@ class PreparedRun:
         group_size: tokens in a group; None where the run trains without S²-Attn.
         attention_pattern: who attends to whom.
         full_attention_below: documents of up to this many tokens are one group.
+        context_parallel: GPUs that share a row.
         trainable: kinds of modules trained in addition to LoRA; none but with `adapter: longlora`.
         model_config: every field in which the config of the run's model differs from the base's.
         updates: the keys to write into the recipe for Axolotl.
@@ -68,6 +69,7 @@ class PreparedRun:
     group_size: int | None
     attention_pattern: str
     full_attention_below: int
+    context_parallel: int
     trainable: tuple[str, ...]
     model_config: Mapping[str, Any]
     updates: Mapping[str, Any]
@@ -151,6 +153,8 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
         problems += wrong if asked else []
     group_size = _group_size(block, sequence_len)
     updates, warnings = _updates(recipe, block, problems) if asked else ({}, [])
+    processes, shared, told = _shared_rows(recipe, block, rope, base_config, problems, asked)
+    updates, warnings = updates | shared, warnings + told
     if group_size and block.full_attention_steps and _precomputes(recipe):
         warnings.append(
             "precompute_ref_log_probs: the reference is computed once, with the attention of the "
@@ -179,6 +183,7 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
         group_size=group_size,
         attention_pattern=block.attention_pattern,
         full_attention_below=block.full_attention_below,
+        context_parallel=processes,
         trainable=tuple(block.trainable) if adapter == "longlora" else (),
         model_config=overrides,
         updates=updates,
@@ -312,6 +317,33 @@ def _rates(recipe: Mapping[str, Any]) -> list[str]:
         "lr_groups reaches LoRA's matrices only: Axolotl counts every module that is trained in "
         f"full to the embeddings, so embeddings and norms train at {trained_at}; write embedding_lr"
     ]
+
+
+def _shared_rows(
+    recipe: Mapping[str, Any],
+    block: LongLoRAConfig,
+    rope: RopeSettings | None,
+    base_config: Any,
+    problems: list[str],
+    asked: bool,
+) -> tuple[int, dict[str, Any], list[str]]:
+    """How many GPUs share a row, the keys for Axolotl, and warnings."""
+    if not asked:
+        return 1, {}, []
+    written = {} if base_config is None else rope_parameters_of(base_config)
+    parameters = rope.rope_parameters if rope else written
+    nested = [each for each in parameters.values() if isinstance(each, Mapping)]
+    types = {each.get("rope_type") for each in nested or [parameters]}
+    try:
+        processes = context_parallel.context_parallel_size(recipe)
+        problems += context_parallel.problems_of(recipe, block, types)
+        sequence_len = sequence_len_of(recipe)
+    except ValueError as error:
+        problems.append(str(error))
+        return 1, {}, []
+    group = _group_size(block, sequence_len)
+    warning = context_parallel.group_warning(group, sequence_len, processes) if group else None
+    return processes, context_parallel.updates_of(recipe), [warning] if warning else []
 
 
 def _not_extended(

@@ -61,23 +61,12 @@ class Refusal:
         return value
 
 
-_PART_OF_A_ROW = "it gives each GPU a part of the row, which shifted attention would take for all"
 _BASE_NOT_SAVED = "trains weights of the base model, which are not saved with the adapter"
 _BOTH_SIDES = "it trains with attention to later tokens, and shifted attention is causal"
 _OWN_ATTENTION = "its kernels are an attention of their own, which shifted attention is not part of"
 _UNTRIED = "nobody has tried it together with LongLoRA"
 
 REFUSALS = (
-    *(
-        Refusal(key, _PART_OF_A_ROW, NO_SHIFTED, SHIFTED, _above_one, 2)
-        for key in (
-            "context_parallel_size",
-            "sequence_parallel_degree",
-            "context_parallel.size",
-            "context_parallel.ulysses_size",
-            "context_parallel.ring_size",
-        )
-    ),
     Refusal(
         "tensor_parallel_size",
         "it gives each GPU a part of the heads and of every trained matrix, and the halves of "

@@ -181,5 +181,12 @@ def launch_facts(run: PreparedRun) -> Iterator[Fact]:
         yield Fact(
             "DeepSpeed, FSDP", False, "the recipe has neither key: one process, or DDP on several"
         )
+    if run.context_parallel > 1:
+        shard = -(-run.target_context // run.context_parallel)
+        yield Fact(
+            "context parallelism",
+            True,
+            f"{run.context_parallel} GPUs share a row: {shard} tokens each",
+        )
     if recipe.get("sample_packing"):
         yield Fact("packing", True, "sample_packing: packed documents never see each other")

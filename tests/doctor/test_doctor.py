@@ -213,6 +213,12 @@ def test_report_without_a_recipe_is_complete_and_exits_0(tmp_path):
     assert states.keys() >= trials.BACKENDS.keys()
 
 
+def test_two_processes_that_share_a_row_are_tried_and_equal_one():
+    tried = state("context_parallel")
+    assert tried.state == trials.WORKS, tried.detail
+    assert "exchange 2,048 bytes a layer" in tried.detail  # K and V of 8 tokens, one head of 32
+
+
 # ---- a recipe -------------------------------------------------------------------------------
 
 

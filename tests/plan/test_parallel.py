@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 from transformers import LlamaConfig
 
+from longlora_plugin.attention.layout import group_sizes_that_divide, halo_tokens
 from longlora_plugin.plan import ModelShape, Training, memory, meta_model, shape_of
 from longlora_plugin.plan.parallel import (
-    group_sizes_that_divide,
     halo_bytes,
-    halo_tokens,
     ring_bytes,
     ulysses_bytes,
 )

@@ -30,6 +30,8 @@ EXPECTED = {
     "llama-2-70b-32k-lora": (4096, 32768, "linear", 8, 8192, "longlora"),
     "llama-2-70b-32k-qlora": (4096, 32768, "linear", 8, 8192, "longlora"),
     "llama-3.1-8b-256k": (131072, 262144, "llama3", 32, 65536, "longlora"),
+    "llama-3.1-8b-256k-8gpu": (131072, 262144, "llama3", 32, 8192, "longlora"),
+    "llama-3.1-8b-1m-8gpu": (131072, 1048576, "llama3", 128, 8192, "longlora"),
     "mistral-7b-128k": (32768, 131072, "yarn", 4, 32768, "longlora"),
     "qwen2.5-7b-128k": (32768, 131072, "yarn", 4, 32768, "longlora"),
     "qwen3-8b-128k": (32768, 131072, "yarn", 4, 32768, "longlora"),

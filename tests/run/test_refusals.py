@@ -23,9 +23,6 @@ OUTSIDE: dict[str, dict[str, Any]] = {
 }
 """Scope → what makes a recipe one that is not in it."""
 PARALLEL = [
-    {"context_parallel_size": 2},
-    {"sequence_parallel_degree": 2},
-    {"context_parallel": {"size": 4, "backend": "ulysses"}},
     {"tensor_parallel_size": 2},
     {"expert_parallel_size": "2"},
 ]

@@ -18,9 +18,9 @@ import torch.distributed as dist
 
 from longlora_plugin.attention import backends, shifted_sparse_attention, varlen
 from longlora_plugin.attention.call import AttentionCall
-from longlora_plugin.attention.halo import sharded_attention
+from longlora_plugin.attention.gather import Shards
+from longlora_plugin.attention.halo import exchange_of, sharded_attention
 from longlora_plugin.attention.layout import S2, head_runs
-from longlora_plugin.attention.shards import Shards
 
 
 @dataclass
@@ -283,6 +283,12 @@ def compare(group: dist.ProcessGroup, case: Case, seed: int, errors: dict[str, f
             device=torch.device("cpu"),
         )
         out = sharded_attention(attend, *shard, call, row, group)
+    if seed % 4 == 0:
+        needed = [halo_elements(case, each) for each in range(len(case.lengths))]
+        told = exchange_of(row, shard[1], shard[2], call)
+        assert told.received == max(needed) * shard[1].element_size()
+        assert (told.processes, told.tokens) == (len(case.lengths), max(case.lengths))
+        assert bool(told.halo) == bool(told.hops) == bool(max(needed))
     with counted() as backward:
         (out * weights[:, first:end]).sum().backward()
     assert backward.exchanges == traffic.exchanges

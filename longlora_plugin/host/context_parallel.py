@@ -1,0 +1,98 @@
+"""Which processes share a row, and, in Axolotl 0.19, their loss.
+
+0.19 cuts rows in a forward hook of the trainer's model, later versions in the collator or in a hook
+of ringmaster; all keep the group in the same place.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from longlora_plugin.host.compat import RecipeError
+
+IGNORED = -100
+
+
+def group_of_rows() -> Any:
+    """The process group of this process's rows; known once training begins."""
+    from axolotl.monkeypatch.ring_attn import get_ring_attn_group
+
+    return get_ring_attn_group()
+
+
+def check_padding(tokenizer: Any, rows: int) -> None:
+    """Raise RecipeError where several rows of a batch are padded on the left.
+
+    Their positions would not be those that Axolotl counts from the start of the row.
+    """
+    if rows > 1 and getattr(tokenizer, "padding_side", "right") == "left":
+        raise RecipeError(
+            f"context parallelism with micro_batch_size: {rows} and a tokenizer that pads on the "
+            "left: Axolotl counts positions from the start of the padding. Write "
+            "micro_batch_size: 1 with gradient_accumulation_steps, or sample_packing: true"
+        )
+
+
+def weigh_targets(model: torch.nn.Module, processes: int) -> Callable[[], None]:
+    """Make Axolotl 0.19's loss of shared rows the mean over the targets of the whole rows.
+
+    It cuts labels before the model shifts them, which loses a target at each cut, and averages the
+    means of the shards: a row whose first half is a masked prompt would count half. A hook in front
+    of Axolotl's shifts the labels of whole rows; one behind it gives the model the number of
+    targets to divide by. Gradients are averaged over processes, hence the division.
+
+    Args:
+        model: the trainer's, with Axolotl's hooks.
+        processes: that share a row.
+
+    Returns:
+        Function that removes both hooks.
+
+    Raises:
+        RecipeError: the model's loss does not take what it needs.
+    """
+    decoder = model.get_base_model() if hasattr(model, "get_base_model") else model
+    takes = inspect.signature(type(decoder).forward).parameters.values()
+    if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in takes):
+        raise RecipeError(
+            f"context parallelism with {type(decoder).__name__}: its loss cannot be told how many "
+            "targets the whole row has; use Axolotl 0.21, or remove context_parallel_size"
+        )
+    items: list[Any] = [None]
+
+    def shift(
+        module: torch.nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        labels = kwargs.get("labels")
+        if labels is None:
+            return args, kwargs
+        kwargs = dict(kwargs)
+        given = kwargs.pop("num_items_in_batch", None)
+        kwargs["labels"] = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        targets = (kwargs["labels"] != IGNORED).sum().clamp_min(1)
+        items[0] = targets / processes if given is None else given
+        return args, kwargs
+
+    def weigh(
+        module: torch.nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        if kwargs.get("labels") is None:
+            return args, kwargs
+        given = {"num_items_in_batch": items[0]} if module.training else {}
+        return args, {**kwargs, "shift_labels": kwargs["labels"], **given}
+
+    hooks = [
+        model.register_forward_pre_hook(shift, with_kwargs=True, prepend=True),
+        model.register_forward_pre_hook(weigh, with_kwargs=True),
+    ]
+
+    def remove() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return remove
