@@ -15,7 +15,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-engines test-quick test-matrix test-attention-matrix test-wheel lint bench bench-parallel gpu \
-	docs study smollm2 longqa install lock clean
+	docs study smollm2 longqa ruler install lock clean
 
 # $(call set_up,FOLDER,PYTHON): a virtual environment with the versions of the constraints file.
 # Not bound by it: TORCH=…, for another build of torch.
@@ -143,6 +143,13 @@ bench: install
 # Bytes that processes exchange, counted on this machine, and equality with one process.
 bench-parallel: install
 	OMP_NUM_THREADS=1 python -m benchmarks.parallel --json outputs/bench/parallel.json
+
+# RULER's tasks without data on the quickstart's models (after `make demo`, else without the adapter) and
+# on models made by hand. Copy outputs/ruler/ruler.json to docs/reference/ and run python docs/generate.py.
+RULER ?= --limit 2
+
+ruler: install
+	python -m benchmarks.ruler $(RULER)
 
 # On a machine with a GPU; needs no network (docs/reference/gpu.md) and no Axolotl, any Python with
 # torch, transformers and peft. GPU=… for other options, as in GPU="--budget 300 --sections exact".

@@ -16,6 +16,7 @@ import architecture
 import click
 import engines_table
 import json_tables
+import ruler_table
 import s2_picture
 import works_with
 import yaml
@@ -48,18 +49,22 @@ def yaml_page() -> str:
         + """Every key is optional, and an unknown one is an error that names the nearest valid key.
 The block works with `adapter: longlora`, `lora`, `qlora`, or none (full fine-tuning).
 
+<div class="stacked" markdown>
+
 """
         + "\n".join(rows)
         + """
+
+</div>
 
 `group_size` and `group_size_ratio` answer the same question: give one, or none. The group follows
 `sequence_len`, not the row at hand.
 
 ## For editors
 
-`longlora recipes schema --output longlora.schema.json` writes a JSON Schema of the block,
-with the names of the presets, patterns and module kinds that are installed. Editors that use
-yaml-language-server complete and check a recipe whose first line is
+`longlora recipes schema --output longlora.schema.json` writes a JSON Schema of
+Axolotl's keys and the block, with the names of the presets, patterns and module kinds that are
+installed. Editors that use yaml-language-server complete and check a recipe whose first line is
 
 ```yaml
 # yaml-language-server: $schema=longlora.schema.json
@@ -338,8 +343,12 @@ def architecture_page() -> str:
 def gpu_page() -> str:
     if str(DOCS.parent) not in sys.path:
         sys.path.insert(0, str(DOCS.parent))
-    from benchmarks.gpu.page import page
+    from benchmarks.gpu.page import RESULTS, page
+    from longlora_plugin.plan.measured import FILE as MEASURED
+    from longlora_plugin.plan.measured import shares_of
 
+    shares = shares_of(json.loads(RESULTS.read_text(encoding="utf-8")))
+    MEASURED.write_text(json.dumps(shares, indent=1) + "\n", encoding="utf-8")
     source = "<!-- Written by docs/generate.py from benchmarks/gpu/results.json; do not edit. -->"
     return f"# On a GPU\n\n{source}\n\n{page()}"
 
@@ -354,6 +363,7 @@ PAGES = {
     "reference/api.md": api_page,
     "reference/gpu.md": gpu_page,
     "reference/engines.md": engines_table.page,
+    "reference/ruler.md": ruler_table.page,
     "explanation/architecture.md": architecture_page,
 }
 

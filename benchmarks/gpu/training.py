@@ -24,7 +24,7 @@ from longlora_plugin.adapter.fp32_weights import train_in_fp32
 from longlora_plugin.adapter.modules import embedding_modules, norm_modules, shortest_names
 from longlora_plugin.args import parse_block
 from longlora_plugin.attention import enable_shifted_attention
-from longlora_plugin.plan import planned_run
+from longlora_plugin.plan import Run, planned_run
 from longlora_plugin.run.recipe import Recipe
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -66,8 +66,8 @@ class TrainedModel:
 
         return step
 
-    def planned_gib(self, case: Step) -> float:
-        """GiB that `plan` says a GPU needs for the same run."""
+    def planned(self, case: Step) -> Run:
+        """The same run as `plan` sees it."""
         block = {"rope": "none", "shifted_attention": case.attention == "s2"}
         raw = {
             "base_model": "random",
@@ -82,7 +82,7 @@ class TrainedModel:
             "longlora": block,
         }
         recipe = Recipe(path=Path("gpu.yml"), raw=raw, block=parse_block(block))
-        return planned_run(recipe, self.config).memory_at(case.length).needed / 2**30
+        return planned_run(recipe, self.config)
 
 
 trained_model = cache(TrainedModel)
@@ -118,14 +118,20 @@ def time_step(case: Step, size: Size, device: str) -> dict[str, Any]:
     """Seconds of a step (median of 3), peak GiB and what `plan` says."""
 
     def measure(trained: TrainedModel, step: Callable[[], None]) -> dict[str, Any]:
-        planned, peak = trained.planned_gib(case), None
+        planned, peak = trained.planned(case), None
+        group = planned.group_at(case.length) if case.attention == "s2" else None
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = statistics.median(timed(step, device) for _ in range(3))
         if device == "cuda":
             # What PyTorch allocated, and what plan counts for CUDA itself.
             peak = torch.cuda.max_memory_allocated() / 2**30 + 1
-        return {"seconds": seconds, "peak_gib": peak, "planned_gib": planned}
+        return {
+            "seconds": seconds,
+            "peak_gib": peak,
+            "planned_gib": planned.memory_at(case.length).needed / 2**30,
+            "planned_tflop": planned.step_at(case.length, group)["total"],
+        }
 
     return with_step(case, size, device, measure)
 

@@ -12,12 +12,12 @@ fp32 copies while activations stay in the compute dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
-
-import torch
-from peft.utils import ModulesToSaveWrapper
+from typing import TYPE_CHECKING, Any
 
 from longlora_plugin.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    import torch
 
 
 def embedding_modules(model: Any) -> list[str]:
@@ -84,6 +84,8 @@ def attention_projections(model: torch.nn.Module) -> list[str]:
 
     GPT-2's are `Conv1D`, a linear layer whose weight is transposed.
     """
+    import torch
+
     from longlora_plugin.attention.eligibility import attention_layers
 
     return sorted(
@@ -99,6 +101,8 @@ def attention_projections(model: torch.nn.Module) -> list[str]:
 
 def untrained_modules(model: Any, names: Iterable[str]) -> list[str]:
     """Those of the base model's modules `names` that its PEFT model does not train in full."""
+    from peft.utils import ModulesToSaveWrapper
+
     trained = {
         name.removeprefix("base_model.model.")
         for name, module in model.named_modules()

@@ -12,6 +12,7 @@ from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.flex import flex_attention
 from longlora_plugin.attention.halo import with_dummy_queries
 from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
+from longlora_plugin.attention.names import kernel_kind
 from longlora_plugin.attention.sdpa import eager_kernel, grouped_attention, sdpa_kernel
 from longlora_plugin.attention.varlen import (
     flash_attention,
@@ -23,16 +24,6 @@ from longlora_plugin.attention.varlen import (
 Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCall], torch.Tensor]
 """S²-Attn of a batch: (q_BHND, k_BKND, v_BKND, call) → [B, N, H, D]."""
 
-SUPPORTED = (
-    "sdpa",
-    "eager",
-    "flash_attention_2",
-    "flash_attention_3",
-    "flash_attention_4",
-    "flex_attention",
-    "a flash-attn kernel of the hub (kernels-community/flash-attn2, …)",
-)
-
 
 def backend_for(implementation: str | None) -> Backend:
     """The function that computes S²-Attn where the model would use `implementation`.
@@ -40,21 +31,14 @@ def backend_for(implementation: str | None) -> Backend:
     Raises:
         ValueError: S²-Attn has no such back end; names the supported ones.
     """
-    if implementation == "sdpa":
-        return _sdpa
-    if implementation == "eager":
-        return partial(with_dummy_queries, partial(grouped_attention, kernel=eager_kernel))
-    if implementation == "flex_attention":
-        return partial(with_dummy_queries, flex_attention)
-    name = (implementation or "").split("@")[0]
-    if name in ("flash_attention_2", "flash_attention_3", "flash_attention_4") or (
-        "/" in name and "flash" in name and "|" not in name
-    ):
+    kind = kernel_kind(implementation)
+    if kind == "flash":
         return partial(flash_attention, implementation=str(implementation))
-    raise ValueError(
-        f"shifted attention does not support attn_implementation: {implementation}; "
-        f"write one of {', '.join(SUPPORTED)}, or longlora: {{shifted_attention: false}}"
-    )
+    if kind == "sdpa":
+        return _sdpa
+    if kind == "flex":
+        return partial(with_dummy_queries, flex_attention)
+    return partial(with_dummy_queries, partial(grouped_attention, kernel=eager_kernel))
 
 
 def _sdpa(

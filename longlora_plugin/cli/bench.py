@@ -12,7 +12,7 @@ from longlora_plugin.cli.measuring import Measuring
 from longlora_plugin.cli.options import options_from
 from longlora_plugin.cli.output import Output
 from longlora_plugin.evaluation.options import BenchOptions, Files, ModelChoice
-from longlora_plugin.evaluation.suites import EXTERNAL
+from longlora_plugin.evaluation.suites import EXTERNAL, HELMET_LENGTH
 
 if TYPE_CHECKING:
     from longlora_plugin.evaluation.results import Row
@@ -98,4 +98,6 @@ def _print_commands(names: list[str], path: Path) -> None:
     merged = (recipe.output_dir / "merged").resolve()
     click.echo(f"# First: axolotl merge-lora {path}")
     for name in names:
-        click.echo(EXTERNAL[name].format(merged=merged, length=recipe.sequence_len) + "\n")
+        length = recipe.sequence_len
+        helmet = "$task" if length >= HELMET_LENGTH else "${task}_short"
+        click.echo(EXTERNAL[name].format(merged=merged, length=length, helmet=helmet) + "\n")

@@ -10,7 +10,6 @@ import click
 
 from longlora_plugin.cli.options import json_option
 from longlora_plugin.cli.output import Output
-from longlora_plugin.plan.cost import FLOPS_SHARE
 
 
 @click.command("plan")
@@ -25,9 +24,8 @@ from longlora_plugin.plan.cost import FLOPS_SHARE
 @click.option(
     "--flops-share",
     type=float,
-    default=FLOPS_SHARE,
-    show_default=True,
-    help="Share of the GPU's peak bf16 rate that training is assumed to reach.",
+    help="Share of the GPU's peak bf16 rate that training reaches. Default: what `make gpu` "
+    "measured on such a GPU, else 0.45.",
 )
 @click.option("--price-per-gpu-hour", type=float, metavar="MONEY", help="Adds what the run costs.")
 @json_option("Write the figures as JSON.")
@@ -55,6 +53,7 @@ def _plan(
     out: Output, path: Path, gpu: str | None, gpus: int, *, rows: int | None, **cost: Any
 ) -> dict[str, Any]:
     from longlora_plugin.plan import find_gpu, plan_run, planned_run
+    from longlora_plugin.plan.from_recipe import base_config_of
     from longlora_plugin.plan.tables import print_plan
     from longlora_plugin.recipes.screen import screen
     from longlora_plugin.run.recipe import read_recipe
@@ -64,7 +63,7 @@ def _plan(
     wrong = screen(recipe)
     if wrong:
         raise ValueError("\n".join(wrong))
-    run = planned_run(recipe, recipe.base_config(), gpus, rows)
+    run = planned_run(recipe, base_config_of(recipe), gpus, rows)
     plan = plan_run(recipe, run, card, **cost)
     print_plan(out, plan)
     if out.plot:

@@ -174,7 +174,7 @@ def check(
 @command.command()
 @click.option("--output", metavar="FILE", help="Write to a file instead of the terminal.")
 def schema(output: str | None) -> None:
-    """JSON Schema of the longlora: block, for editors."""
+    """JSON Schema of Axolotl's keys and the longlora: block, for editors."""
     from longlora_plugin.recipes.schema import recipe_schema
 
     text = as_json(recipe_schema())

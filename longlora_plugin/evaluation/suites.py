@@ -35,16 +35,17 @@ EXTERNAL = {
     "helmet": """# HELMET (MIT; its data sets have licences of their own)
 git clone https://github.com/princeton-nlp/HELMET && cd HELMET
 pip install -r requirements.txt && bash scripts/download_data.sh
-for task in recall rag longqa summ icl rerank cite; do
-  python eval.py --config configs/$task.yaml --model_name_or_path {merged} \\
-    --input_max_length {length} --output_dir output/longlora
-done  # a model without a chat template: --use_chat_template False""",
+for task in recall rag longqa summ icl rerank cite; do  # $task: 128k, ${{task}}_short: 8k to 64k
+  python eval.py --config configs/{helmet}.yaml --model_name_or_path {merged} \\
+    --output_dir output/longlora  # a model without a chat template: --use_chat_template False
+done  # then cite: eval_alce.py; longqa and summ: scripts/eval_gpt4_*.py, a paid judge""",
     "nolima": """# NoLiMa (code and needles: Adobe Research License, no commercial use)
 git clone https://github.com/adobe-research/NoLiMa && cd NoLiMa
 pip install -r requirements.txt && bash data/download_NoLiMa_data.sh
 vllm serve {merged} --max-model-len {length} &
-cd evaluation  # name the served model in model_configs/, the lengths in run_config/
-bash run_tests.sh""",
+cd evaluation && sed 's#"model": .*#"model": "{merged}",#' model_configs/llama_3.3_70b.json \\
+  > model_configs/longlora.json
+sed -i 's/gpt_4o_20241120/longlora/' run_config/*.yaml && bash run_tests.sh  # 250 to 32k tokens""",
     "longbench-original": """# LongBench v2 by its authors (MIT)
 git clone https://github.com/THUDM/LongBench && cd LongBench
 pip install -r requirements.txt
@@ -53,6 +54,8 @@ vllm serve {merged} --api-key token-abc123 --max-model-len {length} &
 python pred.py --model longlora && python result.py""",
 }
 """Benchmarks that are on no package registry → the commands for a merged model."""
+HELMET_LENGTH = 131072
+"""Tokens of HELMET's long configs; its short ones hold four lengths each."""
 
 
 def makes_its_text(task: str) -> bool:

@@ -6,6 +6,7 @@ import copy
 import difflib
 import importlib
 import logging
+import pkgutil
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -132,12 +133,13 @@ def _load_plugins(manager: Any, cfg: Any, report: SchemaReport) -> None:
 
 
 def _keys_of(schema: Any) -> set[str]:
-    keys: set[str] = set()
-    for name, each in schema.model_fields.items():
-        choices = getattr(each.validation_alias, "choices", None)
-        keys.update(filter(None, (name, each.alias)))
-        keys.update(str(choice) for choice in choices or [each.validation_alias] if choice)
-    return keys
+    return {key for name, each in schema.model_fields.items() for key in _names_of(name, each)}
+
+
+def _names_of(name: str, field_info: Any) -> list[str]:
+    """Every key that sets a field."""
+    choices = getattr(field_info.validation_alias, "choices", None) or [field_info.validation_alias]
+    return [str(key) for key in (name, field_info.alias, *choices) if key]
 
 
 def _refusals(schema: Any, data: Mapping[str, Any]) -> Iterator[str]:
@@ -236,3 +238,53 @@ def _warnings_into(messages: list[str]) -> Iterator[None]:
     finally:
         logger.handlers[:], logger.propagate = kept[0], kept[1]
         logger.setLevel(kept[2])
+
+
+def input_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of Axolotl's keys and of those of the plugins it ships."""
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+    from pydantic.json_schema import GenerateJsonSchema, models_json_schema
+
+    class Generator(GenerateJsonSchema):
+        def emit_warning(self, kind: str, detail: str) -> None:
+            """Say nothing: a default that JSON cannot write is left out."""
+
+        def enum_schema(self, schema: Any) -> dict[str, Any]:
+            # Some members are torch dtypes, which Axolotl reads from text.
+            plain = all(isinstance(member.value, str | int) for member in schema["members"])
+            return super().enum_schema(schema) if plain else {}
+
+        def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> dict[str, Any]:
+            return {}
+
+    models = [AxolotlInputConfig, *_plugin_arguments()]
+    by_model, whole = models_json_schema(
+        [(model, "validation") for model in models], schema_generator=Generator
+    )
+    properties: dict[str, Any] = {}
+    for model in models:
+        reference = by_model[model, "validation"]["$ref"].rsplit("/", 1)[-1]
+        own = whole["$defs"].pop(reference)["properties"]
+        properties = own | properties
+        for name, info in model.model_fields.items():
+            # An alias is the name in the schema; Axolotl reads the field's own name as well.
+            names = _names_of(name, info)
+            written = next((own[key] for key in names if key in own), None)
+            properties |= {key: written for key in names if written is not None}
+    return {"type": "object", "properties": properties, "$defs": whole["$defs"]}
+
+
+def _plugin_arguments() -> Iterator[Any]:
+    from axolotl import integrations
+    from pydantic import BaseModel
+
+    for found in pkgutil.iter_modules(integrations.__path__, f"{integrations.__name__}."):
+        name = f"{found.name}.args"
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue  # it has no keys, or needs a package that is not installed here
+        for each in vars(module).values():
+            ours = isinstance(each, type) and each.__module__ == name
+            if ours and issubclass(each, BaseModel) and each.__name__.endswith("Args"):
+                yield each

@@ -42,7 +42,8 @@ class Cost:
 
     Attributes:
         steps, steps_from, rows_per_step, tokens_per_step: what was planned for.
-        flops_share, peak_tflops: the rate assumed: a share of TFLOP/s.
+        flops_share, peak_tflops: the rate: a share of TFLOP/s.
+        share_from: `assumed`, `measured` on such a GPU, or `given`.
         seconds_per_step: `s2`, `full`; of a step of S², and of one with full attention.
         hours, gpu_hours, price: `run` and `full`; price is None where none was given.
     """
@@ -52,6 +53,7 @@ class Cost:
     rows_per_step: int
     tokens_per_step: int
     flops_share: float
+    share_from: str
     peak_tflops: float
     seconds_per_step: dict[str, float]
     hours: dict[str, float]
@@ -67,6 +69,7 @@ class Rate:
         gpus: how many.
         peak_tflops: TFLOP/s of one.
         flops_share: share of it that the run reaches.
+        share_from: as in Cost.
         price_per_gpu_hour: in any money; None where it is not asked for.
 
     Raises:
@@ -77,6 +80,7 @@ class Rate:
     peak_tflops: float
     flops_share: float = FLOPS_SHARE
     price_per_gpu_hour: float | None = None
+    share_from: str = "assumed"
 
     def __post_init__(self) -> None:
         if not 0 < self.flops_share <= 1:
@@ -118,6 +122,7 @@ def cost_of(
         rows_per_step=steps.rows,
         tokens_per_step=steps.rows * sequence_len,
         flops_share=rate.flops_share,
+        share_from=rate.share_from,
         peak_tflops=rate.peak_tflops,
         seconds_per_step=seconds,
         hours=hours,

@@ -20,6 +20,7 @@ from longlora_plugin.plan.shape import ModelShape, meta_model
 from longlora_plugin.run.axolotl_keys import LORA_DEFAULTS, attention_implementation
 from longlora_plugin.run.built import adapter_keys_of
 from longlora_plugin.run.context_parallel import context_parallel_size
+from longlora_plugin.run.plain_config import plain_config_of
 from longlora_plugin.run.prepare import PreparedRun, prepare_run
 from longlora_plugin.run.recipe import Recipe
 
@@ -42,6 +43,17 @@ def model_of(recipe: Recipe, config: Any) -> tuple[PreparedRun, Any]:
     """
     run = prepare_run(recipe.raw, config).checked()
     return run, meta_model(run.config_of(config), trust_remote_code=run.remote_code)
+
+
+def base_config_of(recipe: Recipe) -> Any:
+    """The base model's config, as light as this recipe allows.
+
+    Options of RoPE are judged by transformers' class, and kinds of modules that a package provides
+    by transformers' modules.
+    """
+    block = block_of(recipe)
+    light = not block.rope_options and set(block.trainable) <= {"embeddings", "norms"}
+    return (light and plain_config_of(recipe.raw)) or recipe.base_config()
 
 
 def parameters_of(run: PreparedRun, model: Any) -> Parameters:

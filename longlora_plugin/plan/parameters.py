@@ -66,30 +66,28 @@ def _is_target(name: str, targets: Sequence[str] | str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _linear_layers(model: Any) -> list[tuple[str, Any]]:
-    """Every linear layer but the output head, with its name."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
+def is_kind(module: Any, *names: str) -> bool:
+    """Whether a module is of a class of one of these names: asked by name, without torch."""
+    return any(kind.__name__ in names for kind in type(module).__mro__)
 
+
+def _linear_layers(model: Any) -> list[tuple[str, Any]]:
+    """Every linear layer but the output head, with its name. Conv1D is one, transposed."""
     head = model.get_output_embeddings()
     return [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if is_kind(module, "Linear", "Conv1D") and module is not head
     ]
 
 
 def _targets(model: Any, target_modules: Sequence[str] | str) -> list[Any]:
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
     if target_modules == "all-linear":
         return [module for _, module in _linear_layers(model)]
-    kinds = (nn.Linear, nn.Embedding, Conv1D)
     return [
         module
         for name, module in model.named_modules()
-        if isinstance(module, kinds) and _is_target(name, target_modules)
+        if is_kind(module, "Linear", "Embedding", "Conv1D") and _is_target(name, target_modules)
     ]
 
 
@@ -172,10 +170,8 @@ def _lora_elements(
 
 
 def _decoder_layers(model: Any) -> list[Any]:
-    from torch import nn
-
     depth = model.config.get_text_config().num_hidden_layers
     for module in model.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
+        if is_kind(module, "ModuleList") and len(module) == depth:
             return list(module)
     return []

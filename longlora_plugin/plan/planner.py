@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from longlora_plugin.attention.layout import AttentionPattern
-from longlora_plugin.plan.cost import FLOPS_SHARE, Cost, Rate, Steps, cost_of
+from longlora_plugin.plan.cost import Cost, Rate, Steps, cost_of
 from longlora_plugin.plan.flops import StepKind, forward_flops, step_flops
 from longlora_plugin.plan.from_recipe import (
     attention_of,
@@ -19,6 +19,7 @@ from longlora_plugin.plan.from_recipe import (
     uses_shifted_attention,
 )
 from longlora_plugin.plan.gpus import GPUS, Gpu, find_gpu
+from longlora_plugin.plan.measured import flops_share_of
 from longlora_plugin.plan.memory import GIB, Memory, Training, host_memory, memory
 from longlora_plugin.plan.parallel import (
     halo_bytes,
@@ -307,13 +308,14 @@ def plan_run(
     run: Run,
     card: Gpu | None,
     *,
-    flops_share: float = FLOPS_SHARE,
+    flops_share: float | None = None,
     price_per_gpu_hour: float | None = None,
 ) -> Plan:
     """The plan of a prepared recipe on a GPU.
 
     Args:
-        flops_share, price_per_gpu_hour: as in `cost_of`.
+        flops_share: of the GPU's peak; None: what was measured on such a GPU, else the default.
+        price_per_gpu_hour: as in `Rate`.
     """
     length = recipe.sequence_len
     group = run.group_at(length)
@@ -326,9 +328,10 @@ def plan_run(
     shifted = uses_shifted_attention(recipe)
     cost = None
     if card and card.tflops:
+        reached, origin = flops_share_of(card) if flops_share is None else (flops_share, "given")
         cost = cost_of(
             run.steps,
-            Rate(run.training.gpus, card.tflops, flops_share, price_per_gpu_hour),
+            Rate(run.training.gpus, card.tflops, reached, price_per_gpu_hour, origin),
             {kind: counted["total"] for kind, counted in step.items()},
             sequence_len=length,
             full_share=share if shifted else 1.0,

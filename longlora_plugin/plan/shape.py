@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from longlora_plugin.attention.layer_types import layer_windows
+from longlora_plugin.plan.parameters import is_kind
+from longlora_plugin.run.plain_config import PlainConfig
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ def meta_model(config: Any, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ValueError: transformers has no generating model for the config.
     """
+    if isinstance(config, PlainConfig):
+        from longlora_plugin.plan.skeleton import Skeleton
+
+        return Skeleton(config)
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -86,8 +92,6 @@ def meta_model(config: Any, *, trust_remote_code: bool = False) -> Any:
 
 def shape_of(model: Any) -> ModelShape:
     """The shape of a model built by `meta_model` (or of any causal language model)."""
-    from torch import nn
-
     text = model.config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -107,7 +111,7 @@ def shape_of(model: Any) -> ModelShape:
                     norms += parameter.numel() * (
                         _heads_of(path, heads, kv_heads) if per_head else 1
                     )
-            elif parameter.ndim < 2 or isinstance(module, nn.Embedding) or module is head:
+            elif parameter.ndim < 2 or is_kind(module, "Embedding") or module is head:
                 continue
             elif "attn" in path or "attention" in path:
                 projections += parameter.numel()
@@ -162,6 +166,8 @@ def _routed_share(text: Any) -> float:
 
 def _unshifted(model: Any, full_layers: int) -> int:
     """How many of the fully attending layers S² cannot cover, judged on the built model."""
+    if isinstance(model.config, PlainConfig):
+        return 0
     from longlora_plugin.attention.eligibility import attention_layers, eligible_layers
 
     covered, _ = eligible_layers(model)

@@ -138,7 +138,7 @@ def _print_cost(out: Any, cost: Cost, plan: Plan) -> None:
         )
     table.caption = (
         f"from {cost.steps_from}; every row full; {cost.flops_share:.0%} of {cost.peak_tflops:g} "
-        "TFLOP/s assumed (--flops-share)"
+        f"TFLOP/s {cost.share_from} (--flops-share)"
     )
     out.table(table)
 

@@ -1,7 +1,7 @@
-"""The `longlora:` block as a JSON Schema, for editors.
+"""A recipe as a JSON Schema, for editors: Axolotl's keys and the `longlora:` block.
 
-It describes a whole recipe of which only our keys are known, so that an editor can be pointed at
-it with `# yaml-language-server: $schema=…`. Names are those of the packages installed here.
+An editor is pointed at it with `# yaml-language-server: $schema=…`. Names are those of the packages
+installed here; keys of plugins that Axolotl does not ship are unknown to it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from longlora_plugin.registry import provided
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a recipe's `longlora:` block and `adapter`."""
+    """JSON Schema (draft 2020-12) of a recipe."""
+    from longlora_plugin.host.schema import input_schema
+
     block = LongLoRAConfig.model_json_schema()
     properties = block["properties"]
     presets = {"enum": sorted(provided("longlora_rope_presets"))}
@@ -34,9 +36,14 @@ def recipe_schema() -> dict[str, Any]:
         },
     }
     block["description"] = "LongLoRA: shifted sparse attention and RoPE scaling."
+    schema = input_schema()
+    keys = schema["properties"]
+    keys["longlora"] = {"anyOf": [block, {"type": "null"}]}
+    keys["adapter"] = {**keys["adapter"], "examples": ["longlora", "lora", "qlora"]}
+    keys["plugins"] = {**keys["plugins"], "examples": [["longlora_plugin.LongLoRAPlugin"]]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Axolotl recipe with LongLoRA",
-        "type": "object",
-        "properties": {"longlora": {"anyOf": [block, {"type": "null"}]}},
+        "additionalProperties": False,
+        **schema,
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longlora_plugin.args import LongLoRAConfig, parse_block
+from longlora_plugin.attention.names import kernel_kind
 from longlora_plugin.checkpoints.files import is_adapter, read_json
 from longlora_plugin.registry import find
 from longlora_plugin.rope import RopeSettings
@@ -20,6 +21,7 @@ from longlora_plugin.run.axolotl_keys import (
     model_config_of,
     value_of,
 )
+from longlora_plugin.run.plain_config import PlainConfig
 from longlora_plugin.run.refusals import refused
 
 TRL_ATTACHES_ADAPTER = ("dpo", "ipo", "kto")
@@ -188,9 +190,7 @@ def _check_preference(recipe: Mapping[str, Any], shifted: bool) -> None:
 
 
 def _check_attention(recipe: Mapping[str, Any]) -> None:
-    from longlora_plugin.attention.backends import backend_for
-
-    backend_for(attention_implementation(recipe))
+    kernel_kind(attention_implementation(recipe))
 
 
 def _check_family(recipe: Mapping[str, Any], base_config: Any) -> None:
@@ -206,6 +206,8 @@ def _check_family(recipe: Mapping[str, Any], base_config: Any) -> None:
 
 def uses_attention_interface(base_config: Any) -> bool:
     """Whether the family's modelling file calls attention through transformers' registry."""
+    if isinstance(base_config, PlainConfig):
+        return True
     from transformers import AutoModelForCausalLM
 
     try:

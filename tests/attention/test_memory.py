@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from attention_material import Enable, batches, loss_of, tiny_llama
+from attention_material import Enable, attend, batches, loss_of, random_qkv, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.integrations import flex_attention as hf_flex
 
-from longlora_plugin.attention import varlen
+from longlora_plugin.attention import packing, varlen
 
 LONG = 16384
 
@@ -146,3 +146,42 @@ def test_index_tensors_of_varlen_are_made_once_for_all_layers(
     model(**batches()["padded"], use_cache=False)
     assert len(boundaries) == 6
     assert len({id(x) for x in boundaries}) == 2
+
+
+ADDS_INTO_ZEROS = {
+    *("slice_backward", "select_backward", "index_select_backward"),
+    *("index_add", "index_add_", "index_put", "index_put_", "_index_put_impl_"),
+}
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2"])
+@pytest.mark.parametrize("kind", ["plain", "packed", "padded"])
+def test_gradients_of_split_heads_and_gathered_rows_are_copies_not_sums_over_zeros(
+    kind: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kernel(_: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *__: Any) -> torch.Tensor:
+        return q * (k.sum() + v.sum())
+
+    monkeypatch.setattr(varlen, "_flash_kernel", kernel)
+    ids = torch.tensor([[0] * 20 + [1] * 17, [2] * 9 + [-1 if kind == "padded" else 3] * 28])
+    documents = None if kind == "plain" else packing.from_ids(ids, None, batch=2, length=37)
+    qkv = random_qkv(37, batch=2)
+    out = attend(implementation, qkv, 8, documents)
+    with Operations() as operations:
+        out.sum().backward()
+    assert all(x.grad is not None for x in qkv)
+    assert not operations.names & ADDS_INTO_ZEROS

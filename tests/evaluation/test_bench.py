@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,21 +10,20 @@ import pytest
 import tiny
 import torch
 import yaml
+from bench_models import ALONE, Source, bench
 from click.testing import CliRunner
-from evaluation_models import CopyModel, write_recipe
+from evaluation_models import write_recipe
 from json_keys import assert_documented
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.ruler.models import Retriever
 from longlora_plugin.cli import longlora
 from longlora_plugin.evaluation.bench import Bench, CountingLM
 from longlora_plugin.evaluation.loading import LoadedModel
 from longlora_plugin.evaluation.options import BenchOptions
-from longlora_plugin.evaluation.processes import Processes
 from longlora_plugin.evaluation.suites import RULER_OFFLINE
-from longlora_plugin.evaluation.sweep import NotMeasurable, sweep
+from longlora_plugin.evaluation.sweep import NotMeasurable
 from longlora_plugin.evaluation.tables import effective_length
-
-ALONE = Processes(0, 1, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -72,44 +70,6 @@ def base(tokenizer):
 def recipe(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench-recipe")
     return write_recipe(folder / "r.yml", base, folder / "out", sequence_len=512, adapter=None)
-
-
-class Retriever(CopyModel):
-    """Copies what the text says of the key that is asked for, token by token, and stops."""
-
-    def __init__(self, tokenizer):
-        super().__init__(len(tokenizer))
-        self.tokenizer = tokenizer
-
-    def follower(self, ids):
-        text = self.tokenizer.decode(ids)
-        if text.endswith("provided text is"):
-            self.start = len(ids)
-        key = re.search(r"number for (\S+) mentioned in the provided text is", text)[1]
-        number = re.search(rf"for {key} is: (\d+)\.", text)[1]
-        answer = [*self.tokenizer(f" {number}")["input_ids"], self.tokenizer.eos_token_id]
-        return answer[len(ids) - self.start]
-
-
-class Source(SimpleNamespace):
-    """A model that is there already."""
-
-    def load(self, device, dtype):
-        return LoadedModel(self, self.model, self.own_tokenizer, torch.device(device), dtype)
-
-    def identity(self):
-        return {}
-
-    def description(self):
-        return {}
-
-
-def bench(model, tokenizer, tasks, lengths, limit=3, notes=None):
-    source = Source(label="model", model=model, own_tokenizer=tokenizer, tokenizer="")
-    options = BenchOptions(tasks=tuple(tasks), lengths=tuple(lengths), limit=limit)
-    notes = [] if notes is None else notes
-    experiment = Bench({"model": tokenizer}, options, ALONE, notes.append)
-    return sweep(experiment, [source], dtype=torch.float32, processes=ALONE)
 
 
 def test_model_that_copies_scores_a_hundred_and_a_random_one_nothing(tokenizer, base):

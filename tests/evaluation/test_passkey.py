@@ -6,12 +6,13 @@ from functools import partial
 import command
 import pytest
 import torch
-from evaluation_models import ORIGINAL, CopyModel, random_mistral
+from evaluation_models import ORIGINAL, random_mistral
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from json_keys import assert_documented
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from benchmarks.ruler.models import CopyModel
 from longlora_plugin.evaluation import passkey
 from longlora_plugin.evaluation.passkey import answer_trials, build_trial, is_exactly, wilson
 

@@ -1,4 +1,4 @@
-"""The JSON Schema of the block for editors."""
+"""The JSON Schema of a recipe for editors: Axolotl's keys and the block."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import command
 import jsonschema
 import pytest
 import yaml
+from existing_recipes import FOLDER as EXISTING
 
 from longlora_plugin.recipes import longlora_recipes as shipped
 
@@ -23,6 +24,8 @@ def schema() -> dict[str, Any]:
 
 def test_the_schema_accepts_every_shipped_recipe(schema):
     for path in shipped().values():
+        jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+    for path in EXISTING.glob("*.yml"):
         jsonschema.validate(yaml.safe_load(path.read_text()), schema)
     jsonschema.validate({"longlora": None}, schema)
     jsonschema.validate({"longlora": {"rope": {"preset": "yarn", "factor": 8}}}, schema)
@@ -45,7 +48,28 @@ def test_the_schema_accepts_every_shipped_recipe(schema):
 )
 def test_the_schema_refuses_what_the_plugin_refuses(schema, block):
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({"longlora": block}, schema)
+        jsonschema.validate({"base_model": "b", "longlora": block}, schema)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"sequence_length": 32768},
+        {"sequence_len": "32k"},
+        {"load_in_4bit": "yes please"},
+        {"micro_batch_size": [1]},
+        {"rl": "ppoo"},
+    ],
+)
+def test_the_schema_refuses_what_axolotl_refuses_or_ignores(schema, recipe):
+    jsonschema.validate({"base_model": "b"}, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"base_model": "b", **recipe}, schema)
+
+
+def test_the_schema_has_the_keys_of_the_plugins_that_axolotl_ships(schema):
+    keys = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "lm_eval_tasks", "adapter")
+    assert all(key in schema["properties"] for key in keys)
 
 
 def test_the_schema_describes_every_key_for_editors(schema, tmp_path):

@@ -17,15 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
-    GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 ORIGINAL = 64
 """Context of the tiny Llama."""
@@ -77,45 +73,6 @@ def repeats_its_first_token(vocab_size: int) -> Known:
         vocab_size,
         lambda ids: nn.functional.one_hot(ids[:, :1].expand(ids.shape), vocab_size).float(),
     )
-
-
-class CopyConfig(PreTrainedConfig):
-    model_type = "copy-model"
-    num_hidden_layers = 0
-
-
-class CopyModel(PreTrainedModel, GenerationMixin):
-    """Predicts what followed the longest earlier match of its last tokens: it can only copy.
-
-    `reach` limits how many tokens back it looks, as a model of a short context would.
-    """
-
-    config_class = CopyConfig
-
-    def __init__(self, vocab_size, reach=None):
-        super().__init__(CopyConfig(vocab_size=vocab_size))
-        self.anchor = torch.nn.Parameter(torch.zeros(1))
-        self.reach = reach
-
-    def prepare_inputs_for_generation(self, input_ids, **kwargs):
-        return {"input_ids": input_ids, "use_cache": False}
-
-    def forward(self, input_ids, attention_mask=None, **kwargs):
-        logits = torch.zeros(len(input_ids), 1, self.config.vocab_size)
-        for row, ids in enumerate(input_ids.tolist()):
-            logits[row, 0, self.follower(ids)] = 50.0
-        return CausalLMOutputWithPast(logits=logits)
-
-    def follower(self, ids):
-        first = 0 if self.reach is None else max(0, len(ids) - self.reach)
-        best, follower = 0, ids[-1]
-        for place in range(first + 1, len(ids)):
-            match = 0
-            while match < place - first and ids[place - 1 - match] == ids[-1 - match]:
-                match += 1
-            if match > best:
-                best, follower = match, ids[place]
-        return follower
 
 
 def text_of(words: int, seed: int = 0) -> str:
