@@ -8,15 +8,16 @@ import tempfile
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from longlora_plugin.attention import S2, shifted_sparse_attention
 from longlora_plugin.attention.backends import backend_for
 from longlora_plugin.attention.call import AttentionCall
-from longlora_plugin.attention.gather import Shards
 from longlora_plugin.attention.halo import exchange_of, sharded_attention
 from longlora_plugin.attention.layout import head_runs
+from longlora_plugin.attention.shards import Row
 
 TOKENS, GROUP, HEADS, KV_HEADS, HEAD_DIM = 64, 16, 4, 2, 32
 SECONDS = 120
@@ -58,13 +59,11 @@ def _half(rank: int, meeting: str, kind: str) -> None:
 
     mine = slice(rank * TOKENS // 2, (rank + 1) * TOKENS // 2)
     query, key, value = shard = [x[:, :, mine].detach().requires_grad_() for x in whole]
-    shards = Shards(dist.group.WORLD)
-    positions = torch.arange(TOKENS, device=device)[None, mine]
-    row = shards.gather(positions, None, batch=1, length=positions.shape[1], device=device)
+    row = Row.of(np.split(np.arange(TOKENS)[None], 2, axis=1), rank)
     runs = head_runs(S2, HEADS, KV_HEADS, GROUP)
     call = AttentionCall(documents=row.local, runs=runs, group_size=GROUP)
     attend = backend_for("sdpa")
-    out = sharded_attention(attend, query, key, value, call, row, shards.group).transpose(1, 2)
+    out = sharded_attention(attend, query, key, value, call, row, dist.group.WORLD).transpose(1, 2)
     got = [out, *torch.autograd.grad((out * weights[:, :, mine]).sum(), shard)]
     error = max(
         float((x - y[:, :, mine]).detach().abs().max() / y.detach().abs().max())
