@@ -19,13 +19,14 @@ def page() -> str:
         "",
         "How inference engines read a merged folder: the log-likelihoods of a row of 1536 tokens, "
         "of models with a context of 256 that were extended to 2048, against transformers 5. "
-        "`equal`: perplexity within 0.5 %, for another version of transformers within 0.05 %, inside "
-        "and beyond the original context; else perplexity over that of transformers 5 at tokens "
-        "256–1023 / 1024–1535; –: not tried. (The 0.05 % were set after Gemma 3's longrope in "
-        "transformers 4 was seen to be wrong and to pass with 0.5 %; no other verdict changed.) Measured on a "
-        "CPU by `make test-engines`; `longlora serve-check` reads the same rows. `llama` is the "
-        "quickstart's base model, the others are random. In five of six layers Gemma 3's RoPE is "
-        "not scaled: another kind of RoPE changes its perplexity by 0.1 to 1 % only, so that its "
+        "`equal`: perplexity within 0.5 %, for another version of transformers within 0.05 %, "
+        "inside and beyond the original context; else perplexity over that of transformers 5 at "
+        "tokens 256–1023 / 1024–1535; –: not tried. (The 0.05 % were set after Gemma 3's "
+        "longrope in transformers 4 was seen to be wrong and to pass with 0.5 %; no other "
+        "verdict changed.) Measured on a CPU by `make test-engines`; `longlora serve-check` "
+        "reads the same rows. `llama` is the quickstart's base model, the others are random. In "
+        "five of six layers Gemma 3's RoPE is not scaled: another kind of RoPE changes its "
+        "perplexity by 0.1 to 1 % only, so that its "
         "rows say less than the others.",
         "",
         f"| engine | model type | {' | '.join(ropes)} |",

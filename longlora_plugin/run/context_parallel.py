@@ -118,8 +118,8 @@ def _why_not_deepspeed(version: Version) -> str:
     if version < Version("0.21.dev0"):
         return "rows of all processes but one would be dropped"
     return (
-        "its full attention over packed rows under ZeRO-2, and any step under ZeRO-3, did not equal "
-        "one process"
+        "its full attention over packed rows under ZeRO-2, and any step under ZeRO-3, did not "
+        "equal one process"
     )
 
 

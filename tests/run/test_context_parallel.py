@@ -62,7 +62,12 @@ def test_shared_rows_are_planned_told_and_left_in_contiguous_parts(key, version,
     [
         ("0.19.0", {"deepspeed": "z.json"}, {}, ["deepspeed in Axolotl 0.19.0", "another row"]),
         ("0.20.0", {"deepspeed": "z.json"}, {}, ["deepspeed in Axolotl 0.20.0", "dropped"]),
-        ("0.21.0", {"deepspeed": "z.json"}, {}, ["Axolotl 0.21.0", "did not equal one process", "fsdp"]),
+        (
+            "0.21.0",
+            {"deepspeed": "z.json"},
+            {},
+            ["Axolotl 0.21.0", "did not equal one process", "fsdp"],
+        ),
         ("0.19.0", {"cut_cross_entropy": True}, {}, ["cut_cross_entropy", "chunked_cross_"]),
         ("0.21.0", {"longlora": {**OURS, "rope": "dynamic"}}, {}, ["type dynamic", "yarn"]),
         (
