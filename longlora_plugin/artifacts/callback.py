@@ -16,6 +16,9 @@ from longlora_plugin.artifacts.manifest import Manifest, write_manifest
 from longlora_plugin.artifacts.tokenizer import name_for_older_readers
 from longlora_plugin.checkpoints.files import weight_files
 
+ATTEMPTS = 5
+"""How often, a second apart, a saved folder is read."""
+
 
 class SaveArtifacts(TrainerCallback):
     """Completes each checkpoint, and, through `finish`, the run's own folder.
@@ -65,8 +68,18 @@ class SaveArtifacts(TrainerCallback):
             self.finish(folder)
 
     def finish(self, folder: Path) -> None:
-        """Complete a folder of the run."""
-        finish(folder, self.manifest, "adapter" if self.manifest.adapter else "model")
+        """Complete a folder of the run.
+
+        Under FSDP2 every process saves the tokenizer, so a file may be half written for a moment.
+        """
+        kind: Kind = "adapter" if self.manifest.adapter else "model"
+        for attempt in range(ATTEMPTS):
+            try:
+                return finish(folder, self.manifest, kind)
+            except ValueError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                time.sleep(1)
 
 
 def finish(folder: Path, manifest: Manifest, kind: Kind, *, called: Path | None = None) -> None:

@@ -82,14 +82,34 @@ def adapter_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return updates
 
 
-def sharded_fsdp_checkpoints(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that make FSDP2 write checkpoints from which an adapter's run can go on."""
-    section = recipe.get("fsdp_config") or {}
+def resumable_fsdp(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The keys that make FSDP2 write checkpoints from which an adapter's run can go on.
+
+    Returns:
+        The keys for Axolotl, and a line for each change of the recipe's own.
+    """
+    section = dict(recipe.get("fsdp_config") or {})
     version = section.get("fsdp_version") or section.get("version") or recipe.get("fsdp_version")
-    kind = section.get("state_dict_type")
-    if not section or str(version) != "2" or kind == "SHARDED_STATE_DICT":
-        return {}
-    return {"fsdp_config": {**section, "state_dict_type": "SHARDED_STATE_DICT"}}
+    if not section or str(version) != "2":
+        return {}, []
+    keys: dict[str, Any] = {}
+    changes = []
+    if section.get("state_dict_type") != "SHARDED_STATE_DICT":
+        section["state_dict_type"] = "SHARDED_STATE_DICT"
+        changes.append(
+            "FSDP checkpoints are written with state_dict_type: SHARDED_STATE_DICT: those of "
+            "FULL_STATE_DICT keep only the first process's part of an adapter, so no run can "
+            "go on from them. The saved adapter is whole either way"
+        )
+    if section.get("activation_checkpointing") and recipe.get("adapter") == "longlora":
+        section["activation_checkpointing"] = False
+        keys["gradient_checkpointing"] = recipe.get("gradient_checkpointing") or True
+        changes.append(
+            "fsdp_config.activation_checkpointing: true becomes gradient_checkpointing: true, "
+            "which recomputes the same: with the former FSDP2 saves no optimizer states beside "
+            "trained norms, so no run can go on from its checkpoints"
+        )
+    return ({"fsdp_config": section, **keys}, changes) if changes else ({}, [])
 
 
 def attention_implementation(recipe: Mapping[str, Any]) -> str:

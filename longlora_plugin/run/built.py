@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from longlora_plugin.registry import find
+from longlora_plugin.run.axolotl_keys import LORA_TARGETS, TARGET_KEYS
 from longlora_plugin.run.prepare import PreparedRun
 from longlora_plugin.run.summary import Built
 
@@ -39,9 +40,8 @@ def adapter_keys_of(
         keys["lora_modules_to_save"] = own + [name for name in chosen if name not in own]
         if "embeddings" in run.trainable and modules.embeddings_are_tied(model):
             keys["peft_ensure_weight_tying"] = True
-    targets = recipe.get("lora_target_modules")
-    # A text is a regular expression, PEFT's to judge.
-    if targets and not isinstance(targets, str) and not modules.has_any_named(model, targets):
+    own_targets = any(run.recipe.get(key) for key in TARGET_KEYS)
+    if not own_targets and not modules.has_any_named(model, LORA_TARGETS):
         keys["lora_target_modules"] = modules.attention_projections(model)
     return keys, names
 

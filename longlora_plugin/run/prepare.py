@@ -22,7 +22,7 @@ from longlora_plugin.run.axolotl_keys import (
     adapter_keys,
     model_config_keys,
     model_config_of,
-    sharded_fsdp_checkpoints,
+    resumable_fsdp,
 )
 from longlora_plugin.run.recipe import asks_for_longlora, sequence_len_of, wrong_kinds
 
@@ -290,14 +290,10 @@ def _updates(
             "before its last steps, which are those that train with full attention "
             f"(longlora.full_attention_steps: {finishes})"
         )
-    sharded = sharded_fsdp_checkpoints(recipe) if recipe.get("adapter") else {}
-    if sharded:
-        updates.update(sharded)
-        warnings.append(
-            "FSDP checkpoints are written with state_dict_type: SHARDED_STATE_DICT: those of "
-            "FULL_STATE_DICT keep only the first process's part of an adapter, so no run can "
-            "go on from them. The saved adapter is whole either way"
-        )
+    if recipe.get("adapter"):
+        fsdp_keys, changes = resumable_fsdp(recipe)
+        updates |= fsdp_keys
+        warnings += changes
     return updates, warnings
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from threading import Timer
 
 import pytest
 from axolotl_runs import make_adapter
 from huggingface_hub import ModelCard
 
+from longlora_plugin.artifacts.callback import SaveArtifacts
 from longlora_plugin.artifacts.card import BEGIN, END, write_card
 from longlora_plugin.artifacts.load import load_model
-from longlora_plugin.artifacts.manifest import Manifest, write_manifest
+from longlora_plugin.artifacts.manifest import Manifest, read_manifest, write_manifest
 from longlora_plugin.rope.spelling import rope_fields
 
 
@@ -138,3 +140,17 @@ def test_a_second_time_only_our_part_is_replaced(tmp_path, manifest):
 def test_a_local_base_is_not_metadata_for_the_hub(tmp_path, manifest):
     write_card(tmp_path, Manifest(str(tmp_path), 64, adapter="lora"), "adapter")
     assert ModelCard.load(tmp_path / "README.md").data.base_model is None
+
+
+def test_a_tokenizer_that_another_process_is_still_writing_is_waited_for(tmp_path, manifest):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    files = [tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"]
+    for file in files:
+        file.write_text("")
+    finished = '{"tokenizer_class": "TokenizersBackend"}'
+    writes = Timer(0.5, lambda: [file.write_text(finished) for file in files])
+    writes.start()
+    SaveArtifacts(manifest, int).finish(tmp_path)
+    writes.join()
+    assert set(read_manifest(tmp_path).files) == {"config.json", "tokenizer.json"}
+    assert "PreTrainedTokenizerFast" in files[1].read_text()

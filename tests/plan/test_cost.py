@@ -220,7 +220,6 @@ def test_a_lora_runs_offloading_moves_all_activations_to_the_cpu_unless_inputs_a
          {"loss": "chunked", "loss_chunks": 16}),
         ({"context_parallel_size": 2}, {"context_parallel": 2}),
         ({"sequence_parallel_degree": 4}, {"context_parallel": 4}),
-        ({"context_parallel": {"size": 2}}, {"context_parallel": 2}),
         ({"sample_packing": True, "attn_implementation": "sdpa"}, {"dense_mask": False}),
         ({"sample_packing": True, "attn_implementation": "sdpa", "sdpa_varlen": False},
          {"dense_mask": True}),
