@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class Retriever(CopyModel):
     def __init__(self, tokenizer: Any, reach: int | None = None) -> None:
         super().__init__(len(tokenizer), reach)
         self.tokenizer = tokenizer
+        self.knows: Callable[[str], bool] = lambda key: True
 
     def follower(self, ids: list[int]) -> int:
         text = self.tokenizer.decode(ids)
@@ -66,7 +68,7 @@ class Retriever(CopyModel):
             self.start = len(ids)
         seen = text if self.reach is None else self.tokenizer.decode(ids[-self.reach :])
         key = re.search(r"magic \w+ for (\S+) mentioned in the provided text is", text)[1]
-        found = re.search(rf"for {re.escape(key)} is: (\S+)\.", seen)
+        found = re.search(rf"for {re.escape(key)} is: (\S+)\.", seen) if self.knows(key) else None
         said = f" {found[1]}" if found else ""
         answer = [*self.tokenizer(said)["input_ids"], self.tokenizer.eos_token_id]
         return answer[min(len(ids) - self.start, len(answer) - 1)]

@@ -1,16 +1,19 @@
 """`axolotl longlora bench`: lm-eval's own figures, models of a known score, no silent cut."""
 
 import json
+import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import bench_models
 import pytest
 import tiny
 import torch
 import yaml
-from bench_models import ALONE, Source, bench
+from bench_models import ALONE, Source, bench, of_half_the_keys
 from click.testing import CliRunner
 from evaluation_models import write_recipe
 from json_keys import assert_documented
@@ -24,6 +27,8 @@ from longlora_plugin.evaluation.options import BenchOptions
 from longlora_plugin.evaluation.suites import RULER_OFFLINE
 from longlora_plugin.evaluation.sweep import NotMeasurable
 from longlora_plugin.evaluation.tables import effective_length
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +90,29 @@ def test_model_that_copies_scores_a_hundred_and_a_random_one_nothing(tokenizer, 
     rows = bench(random_model, tokenizer, tasks, lengths)
     assert [row["score"] for row in rows] == [0, 0]
     assert effective_length(rows, 0.856) is None
+
+
+def test_two_processes_give_the_figures_of_one(tokenizer):
+    alone = of_half_the_keys(tokenizer.name_or_path, ALONE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", bench_models.__file__, tokenizer.name_or_path]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert run.returncode == 0, run.stderr
+    together = json.loads(run.stdout.splitlines()[-1])
+    assert [row["examples"] for row in alone] == [7, 7]
+    assert 0 < sum(row["score"] for row in alone) < 2
+    where = {"seconds", "processes", "device"}
+    assert [{k: v for k, v in row.items() if k not in where} for row in together] == [
+        {k: v for k, v in row.items() if k not in where} for row in alone
+    ]
 
 
 def test_length_that_no_text_fits_is_a_note_and_never_hangs(tokenizer, base):
