@@ -107,8 +107,8 @@ def test_two_processes_give_the_figures_of_one(tokenizer):
     )
     assert run.returncode == 0, run.stderr
     together = json.loads(run.stdout.splitlines()[-1])
-    assert [row["examples"] for row in alone] == [7, 7]
-    assert 0 < sum(row["score"] for row in alone) < 2
+    assert [row["examples"] for row in alone] == [7]
+    assert 0 < alone[0]["score"] < 1
     where = {"seconds", "processes", "device"}
     assert [{k: v for k, v in row.items() if k not in where} for row in together] == [
         {k: v for k, v in row.items() if k not in where} for row in alone
