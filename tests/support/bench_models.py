@@ -45,7 +45,7 @@ def of_half_the_keys(folder: str, processes: Processes) -> list[dict[str, Any]]:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = Retriever(tokenizer)
     model.knows = lambda key: len(key) % 2 == 0
-    return bench(model, tokenizer, ["niah_single_1"], [512], limit=7, processes=processes)
+    return bench(model, tokenizer, ["niah_single_1"], [768], limit=7, processes=processes)
 
 
 if __name__ == "__main__":
