@@ -14,7 +14,8 @@ class _Kill(TrainerCallback):
         self.after = after
 
     def on_log(self, args, state, control, **kwargs):
-        if state.global_step == self.after:
+        # The launcher ends the others; one of them must not end this one before it has printed.
+        if state.is_world_process_zero and state.global_step == self.after:
             print(f"killed after step {self.after}", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
