@@ -101,6 +101,12 @@ class FlashLibrary:
         return q
 
 
+def _with_cache(*functions: Callable[..., Any]) -> Functions:
+    """The two functions by their names, and the one for generation, which no test calls."""
+    named = {function.__name__: function for function in functions}
+    return {**named, "flash_attn_with_kvcache": lambda *args, **kwargs: None}
+
+
 def flash_attention_2(library: FlashLibrary) -> Functions:
     def flash_attn_func(
         q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
@@ -118,11 +124,7 @@ def flash_attention_2(library: FlashLibrary) -> Functions:
         cu = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return library.varlen(q, k, v, *cu, scale=softmax_scale, causal=causal, softcap=softcap)
 
-    return {
-        "flash_attn_func": flash_attn_func,
-        "flash_attn_varlen_func": flash_attn_varlen_func,
-        "flash_attn_with_kvcache": lambda *args, **kwargs: None,
-    }
+    return _with_cache(flash_attn_func, flash_attn_varlen_func)
 
 
 def flash_attention_3(library: FlashLibrary) -> Functions:
@@ -144,11 +146,7 @@ def flash_attention_3(library: FlashLibrary) -> Functions:
         cu = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return library.varlen(q, k, v, *cu, scale=softmax_scale, causal=causal, softcap=softcap)
 
-    return {
-        "flash_attn_func": flash_attn_func,
-        "flash_attn_varlen_func": flash_attn_varlen_func,
-        "flash_attn_with_kvcache": lambda *args, **kwargs: None,
-    }
+    return _with_cache(flash_attn_func, flash_attn_varlen_func)
 
 
 def flash_attention_4(library: FlashLibrary) -> Functions:
