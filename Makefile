@@ -55,14 +55,15 @@ PYTEST := OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope
 test: install
 	$(PYTEST) --durations 15
 
-# Under a minute, for a first change: the contract, the rules of the source, and arithmetic.
+# Half a minute, for a first change: the contract, the rules of the source, and arithmetic. In one
+# process: a second one would import as long as both test.
 QUICK_TESTS := $(addsuffix .py,$(addprefix tests/,test_args test_layering test_install \
 	$(addprefix run/test_,carried_run document_lengths prepare refusals) \
 	$(addprefix rope/test_,any_preset auto base_configs presets scaled_bases) \
 	$(addprefix attention/test_,attention input layout) adapter/test_modules_and_masters))
 
 test-quick: install
-	$(PYTEST) -m "not e2e" $(QUICK_TESTS)
+	OMP_NUM_THREADS=1 python -m pytest -m "not e2e" $(QUICK_TESTS)
 
 # Python 3.12 with Axolotl 0.21: train, resume, merge, evaluate and load there, too.
 MATRIX_PYTHON ?= $(shell for p in $(HOME)/.pyenv/versions/3.12*/bin/python3.12 python3.12; do \
