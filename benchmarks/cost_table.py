@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.plan import find_gpu, plan_run, planned_run
-from longlora_plugin.plan.planner import Plan
+from longlora_plugin.plan.gpus import find_gpu
+from longlora_plugin.plan.planner import Plan, plan_run, planned_run
 from longlora_plugin.recipes import recipe_path
 from longlora_plugin.run.recipe import Recipe, parse_block, read_yaml
 

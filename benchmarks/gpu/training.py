@@ -24,7 +24,7 @@ from longlora_plugin.adapter.fp32_weights import train_in_fp32
 from longlora_plugin.adapter.modules import embedding_modules, norm_modules, shortest_names
 from longlora_plugin.args import parse_block
 from longlora_plugin.attention import enable_shifted_attention
-from longlora_plugin.plan import Run, planned_run
+from longlora_plugin.plan.planner import Run, planned_run
 from longlora_plugin.run.recipe import Recipe
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -52,8 +52,9 @@ def command(
 def _plan(
     out: Output, path: Path, gpu: str | None, gpus: int, *, rows: int | None, **cost: Any
 ) -> dict[str, Any]:
-    from longlora_plugin.plan import find_gpu, plan_run, planned_run
     from longlora_plugin.plan.from_recipe import base_config_of
+    from longlora_plugin.plan.gpus import find_gpu
+    from longlora_plugin.plan.planner import plan_run, planned_run
     from longlora_plugin.plan.tables import print_plan
     from longlora_plugin.recipes.screen import screen
     from longlora_plugin.run.recipe import read_recipe

@@ -137,7 +137,7 @@ def check(
     """
     from rich.progress import track
 
-    from longlora_plugin.plan import find_gpu
+    from longlora_plugin.plan.gpus import find_gpu
     from longlora_plugin.recipes import CheckedRow
     from longlora_plugin.recipes.check import check_recipe
 

@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.plan import find_gpu, meta_model, plan_run, planned_run
 from longlora_plugin.plan.from_recipe import training_of
+from longlora_plugin.plan.gpus import find_gpu
+from longlora_plugin.plan.planner import plan_run, planned_run
+from longlora_plugin.plan.shape import meta_model
 from longlora_plugin.run.base_model import base_config_of
 from longlora_plugin.run.built import built_of, trained_modules
 from longlora_plugin.run.prepare import PreparedRun, prepare_run

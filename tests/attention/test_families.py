@@ -35,7 +35,7 @@ from family_runs import (
 )
 from unsupported_families import UNSUPPORTED
 
-from longlora_plugin.plan import shape_of
+from longlora_plugin.plan.shape import shape_of
 
 TABLE = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
 

@@ -22,7 +22,8 @@ from family_runs import (
 )
 from unsupported_families import UNSUPPORTED
 
-from longlora_plugin.plan import forward_flops, shape_of
+from longlora_plugin.plan.flops import forward_flops
+from longlora_plugin.plan.shape import shape_of
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)

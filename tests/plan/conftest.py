@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from longlora_plugin.plan import ModelShape, meta_model, shape_of
+from longlora_plugin.plan.shape import ModelShape, meta_model, shape_of
 
 
 @pytest.fixture(scope="session")

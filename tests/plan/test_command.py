@@ -13,7 +13,8 @@ from rich.console import Console
 from transformers import LlamaConfig
 
 from benchmarks.paper import print_paper
-from longlora_plugin.plan import GPUS, find_gpu, fits, largest_sequence_len, planned_run
+from longlora_plugin.plan.gpus import GPUS, find_gpu
+from longlora_plugin.plan.planner import fits, largest_sequence_len, planned_run
 from longlora_plugin.run.recipe import read_recipe
 
 

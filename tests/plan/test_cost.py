@@ -13,12 +13,13 @@ import pytest
 from plan_material import LLAMA_SAVED, invoke, tiny_llama
 from transformers import LlamaConfig, Qwen3Config
 
-from longlora_plugin.plan import GPUS, ModelShape, Training, memory, meta_model, shape_of
 from longlora_plugin.plan.cost import Rate, Steps, cost_of
-from longlora_plugin.plan.memory import GIB, host_memory, saved_by_layer
+from longlora_plugin.plan.gpus import GPUS
+from longlora_plugin.plan.memory import GIB, Training, host_memory, memory, saved_by_layer
 from longlora_plugin.plan.parameters import Parameters, count_parameters
 from longlora_plugin.plan.planner import planned_run
 from longlora_plugin.plan.remedies import remedies
+from longlora_plugin.plan.shape import ModelShape, meta_model, shape_of
 from longlora_plugin.run.recipe import read_recipe
 
 small_llama = partial(tiny_llama, num_hidden_layers=6)

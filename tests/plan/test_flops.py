@@ -19,16 +19,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from longlora_plugin.plan import (
-    ModelShape,
+from longlora_plugin.plan.flops import (
     StepKind,
+    attended_pairs,
     forward_flops,
-    meta_model,
-    shape_of,
     step_flops,
     step_flops_ratio,
 )
-from longlora_plugin.plan.flops import attended_pairs
+from longlora_plugin.plan.shape import ModelShape, meta_model, shape_of
 
 # Table 11 of the paper, Llama2-7B: length, full or S², attention, projections, FFN, others, total.
 TABLE_11 = [

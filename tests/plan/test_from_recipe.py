@@ -10,7 +10,8 @@ import pytest
 from plan_material import tiny_llama, write_recipe
 from transformers import LlamaConfig
 
-from longlora_plugin.plan import Training, plan_recipe, planned_run
+from longlora_plugin.plan.memory import Training
+from longlora_plugin.plan.planner import plan_recipe, planned_run
 from longlora_plugin.run.recipe import read_recipe
 
 

@@ -12,8 +12,9 @@ import pytest
 from plan_material import tiny_llama, write_recipe
 from transformers import AutoConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from longlora_plugin.plan import meta_model, plan_recipe, shape_of
 from longlora_plugin.plan.from_recipe import base_config_of, parameters_of
+from longlora_plugin.plan.planner import plan_recipe
+from longlora_plugin.plan.shape import meta_model, shape_of
 from longlora_plugin.plan.skeleton import Skeleton
 from longlora_plugin.rope import rope_parameters_of
 from longlora_plugin.rope.base_config import contexts_of

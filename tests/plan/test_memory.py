@@ -15,18 +15,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from longlora_plugin.attention import enable_shifted_attention
-from longlora_plugin.plan import (
-    ModelShape,
-    Parameters,
-    Training,
-    count_parameters,
-    forward_flops,
-    memory,
-    meta_model,
-    shape_of,
-    step_flops_ratio,
-)
-from longlora_plugin.plan.memory import NF4_BYTES, OPTIMIZERS, saved_by_layer
+from longlora_plugin.plan.flops import forward_flops, step_flops_ratio
+from longlora_plugin.plan.memory import NF4_BYTES, OPTIMIZERS, Training, memory, saved_by_layer
+from longlora_plugin.plan.parameters import Parameters, count_parameters
+from longlora_plugin.plan.shape import ModelShape, meta_model, shape_of
 
 
 def test_nf4_takes_the_bytes_bitsandbytes_takes() -> None:

@@ -11,7 +11,7 @@ from plan_material import write_recipe
 from transformers import LlamaConfig
 
 from benchmarks.paper import headline, table_12
-from longlora_plugin.plan import plan_recipe
+from longlora_plugin.plan.planner import plan_recipe
 from longlora_plugin.run.recipe import read_recipe
 
 # Table 12, peak GB a GPU.

@@ -6,13 +6,14 @@ import pytest
 from transformers import LlamaConfig
 
 from longlora_plugin.attention.layout import group_sizes_that_divide, halo_tokens
-from longlora_plugin.plan import ModelShape, Training, memory, meta_model, shape_of
+from longlora_plugin.plan.memory import Training, memory
 from longlora_plugin.plan.parallel import (
     halo_bytes,
     ring_bytes,
     ulysses_bytes,
 )
 from longlora_plugin.plan.parameters import count_parameters
+from longlora_plugin.plan.shape import ModelShape, meta_model, shape_of
 
 
 def heads_of(heads: int, kv_heads: int) -> ModelShape:

@@ -17,7 +17,9 @@ from transformers import (
     ViTConfig,
 )
 
-from longlora_plugin.plan import count_parameters, meta_model, plan_recipe, shape_of
+from longlora_plugin.plan.parameters import count_parameters
+from longlora_plugin.plan.planner import plan_recipe
+from longlora_plugin.plan.shape import meta_model, shape_of
 from longlora_plugin.run.recipe import read_recipe
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
-from longlora_plugin.plan import plan_recipe
+from longlora_plugin.plan.planner import plan_recipe
 from longlora_plugin.recipes import longlora_recipes as shipped
 from longlora_plugin.recipes.check import check_recipe
 from longlora_plugin.run.recipe import read_recipe

@@ -10,7 +10,7 @@ from typing import Any
 import command
 from transformers import GemmaConfig, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
-from longlora_plugin.plan import ModelShape
+from longlora_plugin.plan.shape import ModelShape
 
 LLAMA_SAVED = ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"]
 
