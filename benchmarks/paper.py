@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.plan.flops import StepKind, forward_flops, step_flops_ratio
+from longlora_plugin.plan.flops import StepKind, forward_flops, step_flops
 from longlora_plugin.plan.gpus import GPUS
 from longlora_plugin.plan.memory import GIB, Training, memory
 from longlora_plugin.plan.parameters import Parameters, count_parameters
@@ -154,12 +154,13 @@ def table_12() -> list[Cell]:
 def speed_ups() -> list[tuple[int, float, float]]:
     """(length, hours of LoRA over LongLoRA in Table 12, planned ratio of causal step FLOPs)."""
     shape, _ = llama2("7B")
-    lora = _parameters("7B").lora
+    kind = StepKind(lora_weights=_parameters("7B").lora)
     return [
         (
             length,
             TABLE_12_HOURS["LoRA"][length] / TABLE_12_HOURS["LongLoRA"][length],
-            step_flops_ratio(shape, length, length // 4, StepKind(lora_weights=lora)),
+            step_flops(shape, length, None, kind).total
+            / step_flops(shape, length, length // 4, kind).total,
         )
         for length in LENGTHS
     ]

@@ -15,6 +15,7 @@ from typing import Any
 import architecture
 import click
 import engines_table
+import gpu_shares
 import json_tables
 import ruler_table
 import s2_picture
@@ -344,10 +345,9 @@ def gpu_page() -> str:
     if str(DOCS.parent) not in sys.path:
         sys.path.insert(0, str(DOCS.parent))
     from benchmarks.gpu.page import RESULTS, page
-    from longlora_plugin.plan.measured import FILE as MEASURED
-    from longlora_plugin.plan.measured import shares_of
+    from longlora_plugin.plan.cost import MEASURED
 
-    shares = shares_of(json.loads(RESULTS.read_text(encoding="utf-8")))
+    shares = gpu_shares.shares_of(json.loads(RESULTS.read_text(encoding="utf-8")))
     MEASURED.write_text(json.dumps(shares, indent=1) + "\n", encoding="utf-8")
     source = "<!-- Written by docs/generate.py from benchmarks/gpu/results.json; do not edit. -->"
     return f"# On a GPU\n\n{source}\n\n{page()}"

@@ -23,11 +23,16 @@ from longlora_plugin.cli.output import Output
 )
 @click.option(
     "--flops-share",
-    type=float,
+    type=click.FloatRange(0, 1, min_open=True),
     help="Share of the GPU's peak bf16 rate that training reaches. Default: what `make gpu` "
     "measured on such a GPU, else 0.45.",
 )
-@click.option("--price-per-gpu-hour", type=float, metavar="MONEY", help="Adds what the run costs.")
+@click.option(
+    "--price-per-gpu-hour",
+    type=click.FloatRange(min=0),
+    metavar="MONEY",
+    help="Adds what the run costs.",
+)
 @json_option("Write the figures as JSON.")
 @click.option("--plot", metavar="PNG", help="Memory and FLOPs against length.")
 def command(

@@ -12,9 +12,13 @@ else was measured; Hopper GPUs usually reach less of their peak.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 FLOPS_SHARE = 0.45
+MEASURED = Path(__file__).with_name("measured.json")
+"""GPU → share of its peak, for those that `make gpu` measured; written by `docs/generate.py`."""
 STEPS = 1000
 """Steps planned for where the recipe does not say how many."""
 
@@ -69,11 +73,8 @@ class Rate:
         gpus: how many.
         peak_tflops: TFLOP/s of one.
         flops_share: share of it that the run reaches.
-        share_from: as in Cost.
         price_per_gpu_hour: in any money; None where it is not asked for.
-
-    Raises:
-        ValueError: a share that is not above 0 and at most 1, or a price below 0.
+        share_from: as in Cost.
     """
 
     gpus: int
@@ -82,16 +83,11 @@ class Rate:
     price_per_gpu_hour: float | None = None
     share_from: str = "assumed"
 
-    def __post_init__(self) -> None:
-        if not 0 < self.flops_share <= 1:
-            raise ValueError(
-                f"--flops-share: got {self.flops_share:g}; write the share of the GPU's peak that "
-                f"training reaches, above 0 and at most 1, such as {FLOPS_SHARE}"
-            )
-        if self.price_per_gpu_hour is not None and self.price_per_gpu_hour < 0:
-            raise ValueError(
-                f"--price-per-gpu-hour: got {self.price_per_gpu_hour:g}; it is at least 0"
-            )
+
+def flops_share_of(gpu: str) -> tuple[float, str]:
+    """The share to plan with on this GPU, and whether it is `measured` or `assumed`."""
+    measured = json.loads(MEASURED.read_text(encoding="utf-8"))
+    return (measured[gpu], "measured") if gpu in measured else (FLOPS_SHARE, "assumed")
 
 
 def cost_of(

@@ -168,17 +168,3 @@ def step_flops(
         ffn=forward.ffn * (1 + again + backward + (1 if kind.tiled_mlp else 0)),
         others=head * (1 + backward) + (forward.others - head) * (2 + again),
     )
-
-
-def step_flops_ratio(
-    shape: ModelShape,
-    length: int,
-    group_size: int,
-    kind: StepKind = USUAL_STEP,
-) -> float:
-    """How many times the FLOPs of an S² training step a full-attention step takes.
-
-    This is the expected speed-up where the arithmetic sets the pace.
-    """
-    full = step_flops(shape, length, None, kind)
-    return full.total / step_flops(shape, length, group_size, kind).total

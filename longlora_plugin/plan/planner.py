@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from longlora_plugin.attention.layout import AttentionPattern
-from longlora_plugin.plan.cost import Cost, Rate, Steps, cost_of
+from longlora_plugin.plan.cost import Cost, Rate, Steps, cost_of, flops_share_of
 from longlora_plugin.plan.flops import StepKind, forward_flops, step_flops
 from longlora_plugin.plan.from_recipe import (
     attention_of,
@@ -18,8 +18,7 @@ from longlora_plugin.plan.from_recipe import (
     uses_own_attention,
     uses_shifted_attention,
 )
-from longlora_plugin.plan.gpus import GPUS, Gpu, find_gpu
-from longlora_plugin.plan.measured import flops_share_of
+from longlora_plugin.plan.gpus import GPUS, Gpu
 from longlora_plugin.plan.memory import GIB, Memory, Training, host_memory, memory
 from longlora_plugin.plan.parallel import (
     halo_bytes,
@@ -287,22 +286,6 @@ def _remedies(run: Run, need: Memory, card: Gpu | None) -> tuple[tuple[Tried, ..
     return tuple(alone), together
 
 
-def plan_recipe(recipe: Recipe, config: Any, gpu: str | None = None, gpus: int = 1) -> Plan:
-    """Plan a recipe.
-
-    Args:
-        recipe: as `read_recipe` gives it.
-        config: the base model's transformers config.
-        gpu: a name of GPUS or a size (`48gb`); None plans for every known GPU.
-        gpus: GPUs of the run.
-
-    Raises:
-        ValueError: an unknown GPU, or a value of the recipe that cannot be planned with.
-    """
-    card = find_gpu(gpu) if gpu else None
-    return plan_run(recipe, planned_run(recipe, config, gpus), card)
-
-
 def plan_run(
     recipe: Recipe,
     run: Run,
@@ -328,7 +311,9 @@ def plan_run(
     shifted = uses_shifted_attention(recipe)
     cost = None
     if card and card.tflops:
-        reached, origin = flops_share_of(card) if flops_share is None else (flops_share, "given")
+        reached, origin = (
+            flops_share_of(card.name) if flops_share is None else (flops_share, "given")
+        )
         cost = cost_of(
             run.steps,
             Rate(run.training.gpus, card.tflops, reached, price_per_gpu_hour, origin),

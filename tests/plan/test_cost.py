@@ -60,10 +60,15 @@ def test_hours_are_the_flops_over_the_assumed_rate() -> None:
     assert cost.tokens_per_step == 64 * 32768
 
 
-@pytest.mark.parametrize("share", [0, -0.1, 1.01])
-def test_a_share_of_the_peak_that_cannot_be_is_an_error(share: float) -> None:
-    with pytest.raises(ValueError, match=r"--flops-share: got .* above 0 and at most 1"):
-        Rate(gpus=1, peak_tflops=1, flops_share=share)
+@pytest.mark.parametrize(
+    "option", [("--flops-share", 0), ("--flops-share", 1.01), ("--price-per-gpu-hour", -1)]
+)
+def test_a_share_or_a_price_that_cannot_be_is_an_error(
+    tmp_path: Path, option: tuple[str, float]
+) -> None:
+    result = invoke(write_recipe(tmp_path, tiny_llama()), *option)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option[0]}'" in result.output
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_material import CONFIGS, plain_shape
+from plan_material import CONFIGS, plain_shape, speed_up
 from reference import head_masks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -24,7 +24,6 @@ from longlora_plugin.plan.flops import (
     attended_pairs,
     forward_flops,
     step_flops,
-    step_flops_ratio,
 )
 from longlora_plugin.plan.shape import ModelShape, meta_model, shape_of
 
@@ -121,7 +120,7 @@ def test_mistral_v01_slides_in_every_layer_so_s2_saves_nothing() -> None:
     shape = shape_of(meta_model(MistralConfig(num_hidden_layers=2)))
     assert shape.windows == (4096, 4096)
     assert forward_flops(shape, 32768, 8192) == forward_flops(shape, 32768)
-    assert step_flops_ratio(shape, 32768, 8192) == 1
+    assert speed_up(shape, 32768, 8192) == 1
 
 
 def test_only_the_full_layers_of_a_mixed_model_get_cheaper() -> None:
@@ -153,5 +152,5 @@ def test_the_planned_speed_up_follows_table_12(shape_7b: ModelShape) -> None:
     """Hours of LoRA over LongLoRA: 1.15, 1.24, 1.48, 1.77; FLOPs alone promise a little more."""
     hours = {8192: 6.0 / 5.2, 16384: 14.0 / 11.3, 32768: 36.5 / 24.6, 65536: 92.5 / 52.4}
     for length, measured in hours.items():
-        planned = step_flops_ratio(shape_7b, length, length // 4)
+        planned = speed_up(shape_7b, length, length // 4)
         assert measured < planned < 1.16 * measured

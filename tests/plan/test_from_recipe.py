@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plan_material import tiny_llama, write_recipe
+from plan_material import plan_of, tiny_llama, write_recipe
 from transformers import LlamaConfig
 
 from longlora_plugin.plan.memory import Training
-from longlora_plugin.plan.planner import plan_recipe, planned_run
+from longlora_plugin.plan.planner import planned_run
 from longlora_plugin.run.recipe import read_recipe
 
 
@@ -111,7 +111,7 @@ def test_eager_attention_stores_the_scores_of_its_groups_only(tmp_path: Path) ->
 def test_the_last_full_attention_steps_lower_the_speed_up_of_the_run(tmp_path: Path) -> None:
     block = {"full_attention_steps": 0.25}
     keys = {"adapter": "longlora", "sequence_len": 65536, "longlora": block}
-    plan = plan_recipe(read_recipe(write_recipe(tmp_path, LlamaConfig(), **keys)), LlamaConfig())
+    plan = plan_of(read_recipe(write_recipe(tmp_path, LlamaConfig(), **keys)), LlamaConfig())
     assert plan.speedup_run == pytest.approx(1 / (0.25 + 0.75 / plan.speedup))
     assert 1 < plan.speedup_run < plan.speedup
 
@@ -119,6 +119,6 @@ def test_the_last_full_attention_steps_lower_the_speed_up_of_the_run(tmp_path: P
 def test_rows_below_full_attention_below_are_planned_with_full_attention(tmp_path: Path) -> None:
     block = {"full_attention_below": 8192}
     keys = {"sequence_len": 8192, "longlora": block}
-    plan = plan_recipe(read_recipe(write_recipe(tmp_path, tiny_llama(), **keys)), tiny_llama())
+    plan = plan_of(read_recipe(write_recipe(tmp_path, tiny_llama(), **keys)), tiny_llama())
     assert plan.group_size is None
     assert plan.speedup == 1

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plan_material import tiny_llama, write_recipe
+from plan_material import plan_of, tiny_llama, write_recipe
 from transformers import AutoConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from longlora_plugin.plan.from_recipe import base_config_of, parameters_of
-from longlora_plugin.plan.planner import plan_recipe
 from longlora_plugin.plan.shape import meta_model, shape_of
 from longlora_plugin.plan.skeleton import Skeleton
 from longlora_plugin.rope import rope_parameters_of
@@ -63,7 +62,7 @@ def test_light_base_has_the_figures_of_transformers_model(tmp_path: Path, name: 
     assert parameters_of(run, model) == parameters_of(run, stock)
     assert rope_parameters_of(light) == rope_parameters_of(full)
     assert contexts_of(light) == contexts_of(full)
-    assert plan_recipe(recipe, light, "a100-80gb") == plan_recipe(recipe, full, "a100-80gb")
+    assert plan_of(recipe, light, "a100-80gb") == plan_of(recipe, full, "a100-80gb")
 
 
 @pytest.mark.parametrize(

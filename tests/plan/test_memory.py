@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_material import LLAMA_SAVED, plain_shape, tiny_llama
+from plan_material import LLAMA_SAVED, plain_shape, speed_up, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from longlora_plugin.attention import enable_shifted_attention
-from longlora_plugin.plan.flops import forward_flops, step_flops_ratio
+from longlora_plugin.plan.flops import forward_flops
 from longlora_plugin.plan.memory import NF4_BYTES, OPTIMIZERS, Training, memory, saved_by_layer
 from longlora_plugin.plan.parameters import Parameters, count_parameters
 from longlora_plugin.plan.shape import ModelShape, meta_model, shape_of
@@ -180,7 +180,7 @@ def test_s2_never_costs_more_than_full_attention(length: int, share: float, kv: 
         assert (sparse.projections, sparse.ffn, sparse.others) == (
             full.projections, full.ffn, full.others,
         )  # fmt: skip
-    assert step_flops_ratio(shape, length, group) >= 1
+    assert speed_up(shape, length, group) >= 1
 
 
 @settings(deadline=None, max_examples=100)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plan_material import write_recipe
+from plan_material import plan_of, write_recipe
 from transformers import LlamaConfig
 
 from benchmarks.paper import headline, table_12
-from longlora_plugin.plan.planner import plan_recipe
 from longlora_plugin.run.recipe import read_recipe
 
 # Table 12, peak GB a GPU.
@@ -50,7 +49,7 @@ def planned_gib(tmp_path: Path, run: str, length: int) -> Any:
     else:
         keys |= {"adapter": "longlora", "longlora": {"shifted_attention": run == "longlora"}}
     recipe = read_recipe(write_recipe(tmp_path, LlamaConfig(), **keys))
-    return plan_recipe(recipe, recipe.base_config(), gpu="a100-80gb", gpus=8)
+    return plan_of(recipe, recipe.base_config(), gpu="a100-80gb", gpus=8)
 
 
 @pytest.mark.parametrize(("run", "length", "paper"), TABLE_12)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plan_material import CONFIGS, LLAMA_SAVED, tiny_llama, write_recipe
+from plan_material import CONFIGS, LLAMA_SAVED, plan_of, tiny_llama, write_recipe
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from longlora_plugin.plan.parameters import count_parameters
-from longlora_plugin.plan.planner import plan_recipe
 from longlora_plugin.plan.shape import meta_model, shape_of
 from longlora_plugin.run.recipe import read_recipe
 
@@ -49,7 +48,7 @@ def test_adapter_longlora_trains_what_peft_trains(tmp_path: Path, family: str) -
         targets = ["query_key_value", "dense"]
         saved = ["embed_in", "input_layernorm", "post_attention_layernorm", "final_layer_norm"]
     recipe = read_recipe(write_recipe(tmp_path, config, adapter="longlora", sequence_len=256))
-    planned = plan_recipe(recipe, config).parameters
+    planned = plan_of(recipe, config).parameters
     expected = counts_of_peft(config, r=8, target_modules=targets, modules_to_save=saved)
     assert (planned["trained"], planned["frozen"]) == expected
 
@@ -99,7 +98,7 @@ def test_a_full_fine_tune_trains_everything_or_what_is_unfrozen(llama_7b: Any) -
 def test_llama2_7b_trains_what_the_paper_says(llama_7b: Any, tmp_path: Path) -> None:
     """Embeddings are below 2 % of the parameters and norms 0.004 %."""
     recipe = write_recipe(tmp_path, LlamaConfig(), adapter="longlora", sequence_len=8192)
-    counts = plan_recipe(read_recipe(recipe), LlamaConfig()).parameters
+    counts = plan_of(read_recipe(recipe), LlamaConfig()).parameters
     assert counts["lora"] == 32 * 4 * 8 * (4096 + 4096)
     assert counts["copies"] == 32000 * 4096 + 65 * 4096
     assert 32000 * 4096 / counts["frozen"] < 0.02

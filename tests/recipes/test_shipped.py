@@ -12,9 +12,9 @@ from pathlib import Path
 import command
 import pytest
 import yaml
+from plan_material import plan_of
 from transformers import AutoConfig
 
-from longlora_plugin.plan.planner import plan_recipe
 from longlora_plugin.recipes import longlora_recipes as shipped
 from longlora_plugin.recipes.check import check_recipe
 from longlora_plugin.run.recipe import read_recipe
@@ -84,7 +84,7 @@ def test_single_gpu_recipe_says_what_plan_says(name, bases):
     path = shipped()[name]
     base = yaml.safe_load(path.read_text())["base_model"]
     config = AutoConfig.from_pretrained(bases / base)
-    plan = plan_recipe(read_recipe(path), config, gpu=_named_gpus(path)[0])
+    plan = plan_of(read_recipe(path), config, gpu=_named_gpus(path)[0])
     total, host = plan.memory["total"], plan.host_memory
     assert f"plan: {total:.1f} GiB on the GPU and {host:.0f} GiB of CPU" in path.read_text()
     assert plan.fits

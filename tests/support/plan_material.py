@@ -10,7 +10,11 @@ from typing import Any
 import command
 from transformers import GemmaConfig, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
+from longlora_plugin.plan.flops import step_flops
+from longlora_plugin.plan.gpus import find_gpu
+from longlora_plugin.plan.planner import Plan, plan_run, planned_run
 from longlora_plugin.plan.shape import ModelShape
+from longlora_plugin.run.recipe import Recipe
 
 LLAMA_SAVED = ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"]
 
@@ -64,3 +68,12 @@ def write_recipe(folder: Path, config: Any, **keys: Any) -> Path:
 
 
 invoke = partial(command.invoke, "plan")
+
+
+def plan_of(recipe: Recipe, config: Any, gpu: str | None = None, gpus: int = 1) -> Plan:
+    return plan_run(recipe, planned_run(recipe, config, gpus), find_gpu(gpu) if gpu else None)
+
+
+def speed_up(shape: ModelShape, length: int, group_size: int) -> float:
+    """FLOPs of a full-attention step over those of an S² step."""
+    return step_flops(shape, length).total / step_flops(shape, length, group_size).total

@@ -1,22 +1,16 @@
-"""The share of a GPU's peak that training reaches: measured by `make gpu`, else assumed.
+"""GPU → share of its peak that training reached, from the results of `make gpu`.
 
-`measured.json`, GPU → share, is written by `docs/generate.py` from the results that
-docs/reference/gpu.md shows; a GPU that nobody measured is not in it.
+`docs/generate.py` writes it to `plan/measured.json`, which `plan` takes before its own assumption.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from longlora_plugin.plan.cost import FLOPS_SHARE
 from longlora_plugin.plan.gpus import GPUS, Gpu
-
-FILE = Path(__file__).with_name("measured.json")
 
 
 def shares_of(results: Mapping[str, Any]) -> dict[str, float]:
@@ -27,14 +21,6 @@ def shares_of(results: Mapping[str, Any]) -> dict[str, float]:
         if card and card.tflops and result.get("planned_tflop") and row.get("attention") == "s2":
             shares[card.name].append(result["planned_tflop"] / result["seconds"] / card.tflops)
     return {name: round(statistics.median(each), 3) for name, each in shares.items()}
-
-
-def flops_share_of(card: Gpu) -> tuple[float, str]:
-    """The share to plan with on this GPU, and whether it is `measured` or `assumed`."""
-    measured = json.loads(FILE.read_text(encoding="utf-8"))
-    if card.name in measured:
-        return measured[card.name], "measured"
-    return FLOPS_SHARE, "assumed"
 
 
 def _card_of(machine: str) -> Gpu | None:
