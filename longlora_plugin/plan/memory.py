@@ -55,7 +55,6 @@ GIB = 2**30
 CONTEXT = 1.0 * GIB
 COMMUNICATION = 1.0 * GIB
 FRAGMENTS = 0.25
-LOSSES = ("full", "chunked", "fused")
 LOGIT_BYTES = 12.0
 """Bytes for a logit while the loss runs backward."""
 LAYERS_ON_GPU = 3
@@ -104,7 +103,7 @@ class Training:
         bucket_elements: of one of DeepSpeed's gradient buckets; None means d².
         buckets: how many there are: two while communication overlaps.
         live_elements: parameters ZeRO-3 may keep gathered.
-        loss: one of LOSSES.
+        loss: `full`, `chunked` or `fused`.
         loss_chunks: of a chunked loss.
         scores_width: keys a query's stored scores cover: `eager` attention only, else 0.
         shifted_copies: S² in torch's own kernels (sdpa) keeps the shifted heads' share twice.
@@ -224,12 +223,7 @@ def _exchanged(shape: ModelShape, compute_bytes: int) -> float:
 
 
 def memory(shape: ModelShape, parameters: Parameters, training: Training) -> Memory:
-    """Memory of a training run on each of its GPUs.
-
-    Raises:
-        ValueError: an unknown optimizer, loss, quantization or engine, or a number out of range.
-    """
-    _check(training)
+    """Memory of a training run on each of its GPUs."""
     share = training.gpus if training.engine != "ddp" else 1
     shards = [share if training.zero_stage >= stage else 1 for stage in (1, 2, 3)]
     optimizer_shard, gradient_shard, weight_shard = shards
@@ -364,25 +358,3 @@ def _base_weights(parameters: Parameters, training: Training, trained_width: int
         rows = 4 * parameters.quantizable_rows
         return plain + parameters.quantizable + rows + (frozen - parameters.quantizable) * width
     return plain + frozen * width
-
-
-def _check(training: Training) -> None:
-    for name, value, allowed in (
-        ("optimizer", training.optimizer, OPTIMIZERS),
-        ("loss", training.loss, LOSSES),
-        ("quantization", training.quantization, (None, "nf4", "int8")),
-        ("engine", training.engine, ("ddp", "deepspeed", "fsdp")),
-        ("zero_stage", training.zero_stage, (0, 1, 2, 3)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(str, allowed))}")
-    for name in (
-        "sequence_len",
-        "micro_batch_size",
-        "gpus",
-        "context_parallel",
-        "mlp_tiles",
-        "loss_chunks",
-    ):
-        if getattr(training, name) < 1:
-            raise ValueError(f"{name}: got {getattr(training, name)}; it must be at least 1")

@@ -247,17 +247,3 @@ def test_stored_scores_of_eager_attention_grow_with_the_square(shape_7b: ModelSh
 
     assert 3.5 < layer(32768) / layer(16384) < 4.0
     assert saved_by_layer(shape_7b, adapter=True) < saved_by_layer(shape_7b, adapter=False)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"optimizer": "adamx"}, "optimizer: got 'adamx'; allowed: adamw"),
-        ({"loss": "big"}, "loss: got 'big'; allowed: full, chunked, fused"),
-        ({"quantization": "fp4"}, "quantization: got 'fp4'"),
-        ({"gpus": 0}, "gpus: got 0; it must be at least 1"),
-    ],
-)
-def test_values_that_cannot_be_planned_are_errors(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        memory(plain_shape(), PARAMETERS, Training(**{"sequence_len": 512, **change}))
