@@ -8,17 +8,11 @@ know what an adapter may hold, and a 70B model needs the memory of its largest t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.adapter.state import (
-    ADAPTER,
-    PREFIX,
-    plain_name,
-    read_adapter_state,
-    some,
-)
+from longlora_plugin.adapter.state import ADAPTER, plain_name, read_adapter_state
 
 CHANGE_THE_BASE = ("pissa", "olora", "loftq")
 """Initialisations that take from the base's weights what LoRA begins with, reproducibly."""
@@ -46,7 +40,7 @@ class AdaptedModel:
         self._shapes = {name: tuple(t.shape) for name, t in base.state_dict().items()}
         self._config, self._init = _config_of(adapter_dir)
         self._model = _attach(base, self._config)
-        saved = _load(self._model, adapter_dir, self._shapes, self.ties)
+        saved = _load(self._model, adapter_dir)
         self._trained: dict[str, Any] = {}
         self._replaced: dict[str, Any] = {}
         self._layers: dict[str, Any] = {}
@@ -141,14 +135,14 @@ class AdaptedModel:
                     self._layers[f"{name}.bias"] = module
         for name, tensor in list(self._trained.items()):
             if tensor.is_meta:  # saved under another name of the same tensor
-                twins = (self._trained.get(twin) for twin in self.ties.get(name, ()))
-                self._trained[name] = next(twin for twin in twins if not _is_missing(twin))
+                tied = (self._trained.get(each) for each in self.ties.get(name, ()))
+                self._trained[name] = next(t for t in tied if t is not None and not t.is_meta)
         for path, tensor in self._model.state_dict().items():
             name = plain_name(path)
             if name in saved and not tensor.is_meta and name not in self._trained:
                 # Embeddings that PEFT saves in addition, and biases of bias: all.
-                for twin in self.ties.get(name, {name}):
-                    self._replaced.setdefault(twin, tensor)
+                for each in self.ties.get(name, {name}):
+                    self._replaced.setdefault(each, tensor)
 
 
 def model_without_weights(config: Any, kind: str, *, remote: bool = False) -> Any:
@@ -185,10 +179,6 @@ def tied_names(model: Any) -> dict[str, set[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), set()).add(name)
     return {name: group for group in groups.values() if len(group) > 1 for name in group}
-
-
-def _is_missing(tensor: Any) -> bool:
-    return tensor is None or tensor.is_meta
 
 
 def _config_of(adapter_dir: Path) -> tuple[Any, str | None]:
@@ -234,65 +224,34 @@ def _attach(base: Any, config: Any) -> Any:
             raise ValueError(str(error).split(". ")[0]) from None
 
 
-def _load(
-    model: Any,
-    adapter_dir: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    ties: Mapping[str, set[str]],
-) -> Iterable[str]:
-    """Load the adapter's tensors; their names in its file."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+def _load(model: Any, adapter_dir: Path) -> Iterable[str]:
+    """Load the adapter's tensors; their names in its file.
+
+    Raises:
+        ValueError: the adapter and the base do not fit; says where, as PEFT found it.
+    """
+    from peft import set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     saved = read_adapter_state(adapter_dir)
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             # Else PEFT moves what it loads to where the base's weights are: nowhere.
             module._move_adapter_to_device_of_base_layer = lambda *_args, **_keywords: None
-    failure: str | None = None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = set_peft_model_state_dict(model, dict(saved), low_cpu_mem_usage=True)
-        state = model.state_dict()
-        missing = [n for n in result.missing_keys if _is_adapters(n) and state[n].is_meta]
-        # Of a table with other rows PEFT saves the trained copy twice.
-        foreign = [name for name in result.unexpected_keys if ".modules_to_save." not in name]
-        if not missing and not foreign:
-            return saved.keys()
-        failure = f"it has no {plain_name(missing[0])}" if missing else None
-        failure = failure or f"the base has no {plain_name(foreign[0])}"
-    except (RuntimeError, KeyError, ValueError) as error:
-        failure = str(error).splitlines()[-1].strip()
-    raise ValueError(some(list(_misfits(saved, expected, shapes, ties)) or [failure], "; "))
-
-
-def _is_adapters(name: str) -> bool:
-    """Whether a tensor of a PEFT model is the adapter's; a tied copy may be saved elsewhere."""
-    return f".{ADAPTER}" in name and ".modules_to_save." not in name
-
-
-def _misfits(
-    saved: Mapping[str, Any],
-    expected: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    ties: Mapping[str, set[str]],
-) -> Iterator[str]:
-    """What is missing, of another shape or foreign in an adapter's file, in words."""
-    for name, tensor in expected.items():
-        plain = name.removeprefix(PREFIX)
-        if name not in saved:
-            # PEFT saves a tied pair under one of its names.
-            if not any(PREFIX + twin in saved for twin in ties.get(plain, ())):
-                yield f"it has no {plain}"
-        elif saved[name].shape != tensor.shape:
-            yield f"{plain} is {list(saved[name].shape)}, the base's {list(tensor.shape)}"
-    for name in sorted(saved.keys() - expected.keys()):
-        plain = plain_name(name)
-        if ".modules_to_save." in name:
-            continue
-        if plain not in shapes:
-            yield f"the base has no {plain}"
-        elif tuple(saved[name].shape) != shapes[plain]:
-            yield f"{plain} is {list(saved[name].shape)}, the base's {list(shapes[plain])}"
+    except KeyError as error:
+        raise ValueError(f"it has no {plain_name(error.args[0])}") from None
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[-1].strip()) from None
+    state = model.state_dict()
+    # A tied copy may be saved under its other name; that of a table with other rows is saved twice.
+    copies = ".modules_to_save."
+    own = [name for name in result.missing_keys if f".{ADAPTER}" in name and copies not in name]
+    if missing := [name for name in own if state[name].is_meta]:
+        raise ValueError(f"it has no {plain_name(missing[0])}")
+    if foreign := [name for name in result.unexpected_keys if copies not in name]:
+        raise ValueError(f"the base has no {plain_name(foreign[0])}")
+    return saved.keys()

@@ -54,10 +54,10 @@ def merge_weights(
             writer.add(name, tensor)
         # Names of the same tensor that the base does not store.
         for name in adapted.ties.get(group.target, set()) - targets:
-            twin = values.of(name, before[group.target])
-            if not are_equal(twin, after[group.target]):
+            tensor = values.of(name, before[group.target])
+            if not are_equal(tensor, after[group.target]):
                 tied = False
-                writer.add(name, twin)
+                writer.add(name, tensor)
     for name in sorted(adapted.changed - values.done):
         trained = adapted.trained(name)
         if trained is None:

@@ -211,7 +211,7 @@ def test_import_that_does_not_load_is_no_adapter(tmp_path, original):
         ["import", str(tmp_path / "source"), str(tmp_path / "out"), "--context", str(CONTEXT)],
     )
     assert result.exit_code != 0
-    assert "layers.7" in str(result.output) + str(result.exception)
+    assert "it has no model.layers.1" in str(result.output) + str(result.exception)
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 

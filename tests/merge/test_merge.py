@@ -27,8 +27,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from longlora_plugin.adapter.state import PREFIX
 from longlora_plugin.host import compat
-from longlora_plugin.merge import adapted, stored
+from longlora_plugin.merge import stored
 
 ADAPTER_FILE = "adapter_model.safetensors"
 TOKENS = torch.arange(3, 203)[None] % 300
@@ -192,12 +193,12 @@ def test_qlora_is_merged_into_the_16_bit_base_as_training_saw_it(run, material):
         original[f"{name}.weight"], quant_type="nf4", compress_statistics=True
     )
     seen = bnb.dequantize_4bit(quantized, state, quant_type="nf4")
-    a, b = (trained[f"{adapted.PREFIX}{name}.lora_{each}.weight"] for each in "AB")
+    a, b = (trained[f"{PREFIX}{name}.lora_{each}.weight"] for each in "AB")
     torch.testing.assert_close(held[f"{name}.weight"], seen + b @ a * 2, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(seen, original[f"{name}.weight"], atol=1e-5)
     assert torch.equal(held["lm_head.weight"], original["lm_head.weight"])
     for full in ("model.embed_tokens.weight", "model.norm.weight"):
-        assert torch.equal(held[full], trained[adapted.PREFIX + full])
+        assert torch.equal(held[full], trained[PREFIX + full])
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
 
 
@@ -271,7 +272,7 @@ REFUSED = {
     no_adapter_config: "holds no adapter: it has no adapter_config.json",
     cut_off_adapter: "holds no adapter: its adapter_model.safetensors is cut off or damaged",
     lost_layer: "cannot be merged into base_model: .*it has no model.layers.1.*It was trained on",
-    other_width: "cannot be merged into base_model: .*, the base's ",
+    other_width: "cannot be merged into base_model: .*the shape in current model is ",
     other_family: "cannot be merged into base_model: ",
     cut_off_base: "base: model.* is cut off or damaged",
     lost_shard: "base is incomplete: model.safetensors.index.json names ",
