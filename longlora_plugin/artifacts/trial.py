@@ -19,6 +19,8 @@ READERS = {
     "llama.cpp": "llama_cpp_reader.py",
 }
 """Engine → its script in `readers/`."""
+TIMEOUT = 600
+"""Seconds for each folder."""
 EQUAL = 0.005
 """Largest relative difference of two perplexities that counts as none.
 
@@ -27,29 +29,11 @@ EQUAL_IN_TRANSFORMERS = 0.0005
 """The same for another version of transformers, which computes with the same kernels."""
 
 
-class EngineError(Exception):
-    """An engine did not score the row; the message is what it said."""
-
-
-def score(engine: str, python: str | Path, folder: Path, tokens: Sequence[int]) -> dict[str, Any]:
-    """Let an engine score a row; see `score_all`.
-
-    Raises:
-        EngineError: it cannot load or run this model; says why.
-    """
-    answer = score_all(engine, python, [folder], tokens)[0]
-    if "error" in answer:
-        raise EngineError(answer["error"])
-    return answer
-
-
 def score_all(
     engine: str,
     python: str | Path,
     folders: Sequence[Path],
     tokens: Sequence[int],
-    *,
-    timeout: float = 600,
 ) -> list[dict[str, Any]]:
     """Let an engine score a row with each of several models.
 
@@ -58,7 +42,6 @@ def score_all(
         python: the Python that has it installed.
         folders: of whole models.
         tokens: ids of one row.
-        timeout: in seconds, for each folder.
 
     Returns:
         For each folder `version` of the engine and `scores`: nats for each token but the first,
@@ -70,14 +53,14 @@ def score_all(
         row.write_text(json.dumps(list(tokens)))
         outs = [Path(scratch) / f"{index}.json" for index in range(len(folders))]
         pairs = [str(each) for pair in zip(folders, outs, strict=True) for each in pair]
-        failure = f"no answer within {timeout:.0f} s"
+        failure = f"no answer within {TIMEOUT} s"
         try:
             done = subprocess.run(
                 [str(python), str(script), str(row), *pairs],
                 capture_output=True,
                 text=True,
                 errors="replace",
-                timeout=timeout * len(folders),
+                timeout=TIMEOUT * len(folders),
                 env={**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"},
                 check=False,
             )

@@ -74,13 +74,7 @@ def _tried(saved: Saved, rows: list[EngineRow], pythons: dict[str, str]) -> list
     import sys
 
     from longlora_plugin.artifacts.manifest import read_manifest
-    from longlora_plugin.artifacts.trial import (
-        READERS,
-        EngineError,
-        is_equal,
-        perplexity_ratio,
-        score,
-    )
+    from longlora_plugin.artifacts.trial import READERS, is_equal, perplexity_ratio, score_all
 
     if saved.is_adapter:
         raise ValueError(
@@ -92,21 +86,22 @@ def _tried(saved: Saved, rows: list[EngineRow], pythons: dict[str, str]) -> list
     base = (manifest.base_context if manifest else None) or saved.context // 2
     length = min(saved.context, 2 * base)
     tokens = _row_of_text(saved.folder, length)
-    reference = score("transformers-5", sys.executable, saved.folder, tokens)["scores"]
+    reference, *_ = score_all("transformers-5", sys.executable, [saved.folder], tokens)
+    if "error" in reference:
+        raise ValueError(f"--run: transformers here does not score it: {reference['error']}")
     tried = []
     for row in rows:
         if row.engine not in pythons or row.engine not in READERS:
             tried.append(row)
             continue
-        try:
-            answer = score(row.engine, pythons[row.engine], saved.folder, tokens)
-        except EngineError as error:
-            tried.append(
-                replace(row, verdict="refused", reason=str(error), basis="tried here", command=None)
-            )
+        answer, *_ = score_all(row.engine, pythons[row.engine], [saved.folder], tokens)
+        if "error" in answer:
+            found = {"verdict": "refused", "reason": answer["error"], "command": None}
+            tried.append(replace(row, basis="tried here", **found))
             continue
-        inside = perplexity_ratio(answer["scores"], reference, 1, base)
-        beyond = perplexity_ratio(answer["scores"], reference, base, length - 1)
+        scores = answer["scores"], reference["scores"]
+        inside = perplexity_ratio(*scores, 1, base)
+        beyond = perplexity_ratio(*scores, base, length - 1)
         same = is_equal(inside, beyond, engine=row.engine)
         tried.append(
             replace(
