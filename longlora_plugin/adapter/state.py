@@ -40,11 +40,11 @@ def plain_name(name: str) -> str:
     return name
 
 
-def name_in_file(parameter: str, adapter: str = ADAPTER) -> str:
+def name_in_file(parameter: str) -> str:
     """The name PEFT's file has for a trained parameter of a PEFT model."""
     for wrapper in WRAPPERS:
         parameter = parameter.replace(wrapper, "")
-    name = re.sub(rf"(\.modules_to_save)?\.{re.escape(adapter)}(?=\.|$)", "", parameter)
+    name = re.sub(rf"(\.modules_to_save)?\.{ADAPTER}(?=\.|$)", "", parameter)
     # PEFT kept the name DoRA's magnitudes had when they were no module.
     return re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", name)
 
@@ -240,7 +240,7 @@ def _shape(parameter: Any) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def some(items: Sequence[str], separator: str = ", ", shown: int = 3) -> str:
-    """The first few items of a list, and how many more there are."""
-    more = f" and {len(items) - shown} more" if len(items) > shown else ""
-    return separator.join(items[:shown]) + more
+def some(items: Sequence[str]) -> str:
+    """The first three items of a list, and how many more there are."""
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return ", ".join(items[:3]) + more

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 from longlora_plugin.artifacts.engines import ENGINES, describe, judge
@@ -117,7 +118,7 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "context", ", ".join(f"{tokens:,} ({what})" for tokens, what in contexts if tokens)
     reason = f" ({manifest.rope_reason})" if manifest.rope_reason else ""
     parameters = json.dumps(manifest.rope_parameters, sort_keys=True)
-    yield "RoPE", f"{manifest.rope_preset}{reason}: `{_shortened(parameters)}`"
+    yield "RoPE", f"{manifest.rope_preset}{reason}: `{shorten(parameters, 300, placeholder='…')}`"
     if manifest.group_size:
         yield (
             "training attention",
@@ -190,7 +191,3 @@ def _results(results: list[dict[str, Any]]) -> Iterator[str]:
 def _cell(row: Mapping[str, Any], column: str) -> str:
     value = row.get(column, "")
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _shortened(text: str, longest: int = 300) -> str:
-    return text if len(text) <= longest else f"{text[:longest]}…"

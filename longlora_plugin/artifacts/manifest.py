@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -131,7 +132,15 @@ def find_manifest(name: str) -> Manifest:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        folder = _download(name)
+        from huggingface_hub import hf_hub_download
+
+        try:
+            folder = Path(hf_hub_download(name, FILE)).parent
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"there is no folder {name}, and no model of that name with a {FILE} was found: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from None
     manifest = read_manifest(folder)
     if manifest is None:
         raise ValueError(
@@ -139,22 +148,6 @@ def find_manifest(name: str) -> Manifest:
             "wrote, or a model on the hub that was uploaded from one"
         )
     return manifest
-
-
-def _download(name: str) -> Path:
-    """A folder with the manifest of a model on the hub, where it has one."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, FILE)).parent
-    except LocalEntryNotFoundError:
-        reason = "the Hugging Face hub cannot be reached, or HF_HUB_OFFLINE is set"
-    except EntryNotFoundError:
-        return Path(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-    raise ValueError(f"there is no folder {name}, and no model of that name was found: {reason}")
 
 
 def check_files(folder: str | Path, manifest: Manifest | None) -> None:
@@ -222,23 +215,14 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Installed versions; by default of the packages that a run depends on."""
     found = {}
     for package in packages:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
 def why_another_rope(manifest: Manifest, rope_parameters: Mapping[str, Any]) -> str | None:
     """How the RoPE that an adapter was trained with differs from another; None if it does not."""
-    trained, given = _plain(manifest.rope_parameters), _plain(rope_parameters)
-    if not trained or trained == given:
+    trained = manifest.rope_parameters
+    if not trained or trained == rope_parameters:
         return None
-    return f"it was trained with rope_parameters {trained}, this run has {given}"
-
-
-def _plain(parameters: Mapping[str, Any]) -> Any:
-    """Parameters with numbers that are equal written alike: 8 and 8.0."""
-    return json.loads(
-        json.dumps(parameters, sort_keys=True, default=str), parse_int=float, parse_float=float
-    )
+    return f"it was trained with rope_parameters {trained}, this run has {rope_parameters}"
