@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "longlora_plugin"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-HOST = {"plugin.py", "host/compat.py", "host/context_parallel.py", "host/keys.py", "host/schema.py"}
+HOST = {"plugin.py", "host/compat.py", "host/context_parallel.py", "host/schema.py"}
 """The only modules that import Axolotl."""
 
 LIGHT = ["", "args", "registry", "hookspecs", "run", "recipes", "cli", "rope"]

@@ -18,9 +18,9 @@ from longlora_plugin.plan.parameters import Parameters, count_parameters
 from longlora_plugin.plan.remedies import MLP_TILE
 from longlora_plugin.plan.shape import ModelShape, meta_model
 from longlora_plugin.run.axolotl_keys import LORA_DEFAULTS, attention_implementation
+from longlora_plugin.run.base_model import plain_config_of
 from longlora_plugin.run.built import adapter_keys_of
 from longlora_plugin.run.context_parallel import context_parallel_size
-from longlora_plugin.run.plain_config import plain_config_of
 from longlora_plugin.run.prepare import PreparedRun, prepare_run
 from longlora_plugin.run.recipe import Recipe
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from longlora_plugin.attention.layer_types import layer_windows
 from longlora_plugin.plan.parameters import is_kind
-from longlora_plugin.run.plain_config import PlainConfig
+from longlora_plugin.run.base_model import PlainConfig
 
 
 @dataclass(frozen=True)

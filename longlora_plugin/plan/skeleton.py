@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from longlora_plugin.run.plain_config import PlainConfig
+from longlora_plugin.run.base_model import PlainConfig
 
 
 class Weight:

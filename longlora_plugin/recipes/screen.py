@@ -77,7 +77,7 @@ def _whole_number(value: Any) -> int:
 
 
 def _unknown_keys(raw: Mapping[str, Any]) -> Iterator[str]:
-    from longlora_plugin.host.keys import known_keys
+    from longlora_plugin.host.schema import known_keys
 
     known = known_keys()
     strange = [key for key in raw if key not in known and key != "longlora"]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,8 +172,8 @@ def yarn(request: RopeRequest) -> dict[str, Any]:
     numbers = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
     _only(request, "factor", "truncate", *numbers)
     _refuse_other_scaling(request, "yarn")
-    known = {"beta_fast": 32.0, "beta_slow": 1.0} | _of_base(request, "yarn", "truncate", *numbers)
-    known |= {name: _number(request, name) for name in numbers if name in request.options}
+    known = {"beta_fast": 32.0, "beta_slow": 1.0}
+    known |= _of_base(request, "yarn", "truncate", *numbers) | _given_numbers(request, numbers)
     if "truncate" in request.options:
         known["truncate"] = _flag(request, "truncate")
     if known["beta_fast"] <= known["beta_slow"]:
@@ -191,13 +191,7 @@ def yarn(request: RopeRequest) -> dict[str, Any]:
             "rope: yarn: truncate: false has no effect in transformers where layer types have "
             "their own RoPE; leave truncate out"
         )
-    return {
-        **request.kept,
-        "rope_type": "yarn",
-        "factor": _factor(request, request.usual_factor),
-        "original_max_position_embeddings": request.pretrained_context,
-        **known,
-    }
+    return _scaling(request, "yarn", known)
 
 
 def llama3(request: RopeRequest) -> dict[str, Any]:
@@ -208,22 +202,14 @@ def llama3(request: RopeRequest) -> dict[str, Any]:
     numbers = ("low_freq_factor", "high_freq_factor")
     _only(request, "factor", *numbers)
     _refuse_other_scaling(request, "llama3")
-    known = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | _of_base(
-        request, "llama3", *numbers
-    )
-    known |= {name: _number(request, name) for name in numbers if name in request.options}
+    known = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    known |= _of_base(request, "llama3", *numbers) | _given_numbers(request, numbers)
     if known["high_freq_factor"] <= known["low_freq_factor"]:
         raise ValueError(
             f"rope: llama3: high_freq_factor {known['high_freq_factor']:g} must be above "
             f"low_freq_factor {known['low_freq_factor']:g}; Llama 3.1 has 4 and 1"
         )
-    return {
-        **request.kept,
-        "rope_type": "llama3",
-        "factor": _factor(request, request.usual_factor),
-        "original_max_position_embeddings": request.pretrained_context,
-        **known,
-    }
+    return _scaling(request, "llama3", known)
 
 
 def longrope(request: RopeRequest) -> dict[str, Any]:
@@ -248,12 +234,17 @@ def longrope(request: RopeRequest) -> dict[str, Any]:
         )
     if "attention_factor" in request.options:
         known["attention_factor"] = _number(request, "attention_factor")
+    return _scaling(request, "longrope", known)
+
+
+def _scaling(request: RopeRequest, rope_type: str, own: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a type that stores the original context, with its `own` ones."""
     return {
         **request.kept,
-        "rope_type": "longrope",
+        "rope_type": rope_type,
         "factor": _factor(request, request.usual_factor),
         "original_max_position_embeddings": request.pretrained_context,
-        **known,
+        **own,
     }
 
 
@@ -338,6 +329,11 @@ def _of_base(request: RopeRequest, rope_type: str, *names: str) -> dict[str, Any
     if request.rope_type != rope_type:
         return {}
     return {name: request.base[name] for name in names if request.base.get(name) is not None}
+
+
+def _given_numbers(request: RopeRequest, names: Sequence[str]) -> dict[str, float]:
+    """Those of the options `names` that are given."""
+    return {name: _number(request, name) for name in names if name in request.options}
 
 
 def _number(request: RopeRequest, name: str, value: Any = None, *, above: float = 0.0) -> float:

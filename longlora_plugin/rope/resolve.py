@@ -93,12 +93,16 @@ def resolve_rope(
     if not isinstance(replace, bool):
         raise ValueError(f"rope: replace: got {replace!r}; write replace: true, or leave it out")
     config = text_config_of(base_config)
-    before = _parameters_before(preset, config)
+    without = why_no_rope(config)
+    if without and preset != "none":
+        raise ValueError(
+            f"base model type {getattr(config, 'model_type', None) or '(unnamed)'!r} {without}, so "
+            f"rope: {preset} has nothing to scale; write rope: none, or take a base with RoPE"
+        )
+    before = rope_parameters_of(config)
     if preset == "none" and not maximum_of(config):
         original_context = original_context or target
-    request = _request(
-        str(preset), config, before, target, replace, original_context, options=dict(options)
-    )
+    request = _request(str(preset), config, before, target, replace, original_context, options)
     restart = replace or original_context is not None
     if original_context is None and (replace or request.stretch > 1) and preset != "none":
         refuse_linear_of_unclear_maximum(config)
@@ -106,17 +110,6 @@ def resolve_rope(
         unchanged = request.stretch == 1 and not replace
         return _auto(request, config, before, restart, unchanged)
     return _extend(request, config, before, restart)
-
-
-def _parameters_before(preset: str, config: Any) -> dict[str, Any]:
-    """The base model's `rope_parameters`; empty where it has no RoPE and none is asked for."""
-    without = why_no_rope(config)
-    if without and preset != "none":
-        raise ValueError(
-            f"base model type {getattr(config, 'model_type', None) or '(unnamed)'!r} {without}, so "
-            f"rope: {preset} has nothing to scale; write rope: none, or take a base with RoPE"
-        )
-    return {} if without else rope_parameters_of(config)
 
 
 def _request(
@@ -156,32 +149,26 @@ def _auto(
         why = why_not_extendable(config, request.rope_type)
         if why:
             raise ValueError(f"rope: auto: base model type {config.model_type!r} {why}")
+    choices: tuple[str, ...] = (own_preset(request),)
+    reason = f"extends the base model's own {request.rope_type} scaling"
     if unchanged:
+        choices = ("none",)
         reason = f"the base model handles {request.base_context} tokens as it is"
-        settings = _extend(_renamed(request, "none"), config, before, restart)
-        return dataclasses.replace(settings, chosen_by_auto=reason)
-    if request.rope_type != "default":
-        reason = f"extends the base model's own {request.rope_type} scaling"
-        settings = _extend(_renamed(request, own_preset(request)), config, before, restart)
-        return dataclasses.replace(settings, chosen_by_auto=reason)
-    reason = "the base model's RoPE is not scaled"
-    model_type = getattr(config, "model_type", None) or "its type"
+    elif request.rope_type == "default":
+        choices, reason = UNSCALED_CHOICES, "the base model's RoPE is not scaled"
     refused: ValueError | None = None
-    for name in UNSCALED_CHOICES:
+    for name in choices:
         try:
-            settings = _extend(_renamed(request, name), config, before, restart)
+            settings = _extend(dataclasses.replace(request, preset=name), config, before, restart)
         except ValueError as error:
             refused = refused or error
             continue
         if refused:
-            reason += f", and {model_type} does not take {UNSCALED_CHOICES[0]}"
+            model_type = getattr(config, "model_type", None) or "its type"
+            reason += f", and {model_type} does not take {choices[0]}"
         return dataclasses.replace(settings, chosen_by_auto=reason)
     assert refused is not None
     raise refused
-
-
-def _renamed(request: RopeRequest, preset: str) -> RopeRequest:
-    return dataclasses.replace(request, preset=preset)
 
 
 def _extend(

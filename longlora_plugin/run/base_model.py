@@ -1,12 +1,30 @@
-"""The base model's config, read the way Axolotl does but without importing it."""
+"""The base model's config, read the way Axolotl does but without importing it.
+
+transformers takes six seconds to import, and `plan` needs a dozen numbers. Of common base models
+they are read from config.json alone, where it says all of them and no code of the model or override
+of the recipe has a part; everything else is transformers' to read.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from longlora_plugin.run.axolotl_keys import value_of
+from longlora_plugin.run.axolotl_keys import ROPE_KEYS, model_config_of, value_of
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""Decoders of one shape: grouped-query attention and a gated FFN in every layer."""
+NUMBERS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "vocab_size"),
+)
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+"""Scalings of a base that mean the same to every one of these types."""
+DECIDES_MORE = ("quantization_config", "auto_map", "text_config")
+"""Fields of config.json with which the numbers are not the whole truth."""
 
 
 def base_config_of(recipe: Mapping[str, Any]) -> Any:
@@ -44,3 +62,58 @@ def base_config_of(recipe: Mapping[str, Any]) -> Any:
             f"base_model: cannot read the config of {name!r}; write a folder that holds its "
             f"config.json, or a name the Hugging Face hub (or its cache) has: {error}"
         ) from None
+
+
+class PlainConfig(SimpleNamespace):
+    """The fields of a config.json, all layers attending to the whole document."""
+
+    def get_text_config(self) -> PlainConfig:
+        return self
+
+
+def plain_config_of(recipe: Mapping[str, Any]) -> PlainConfig | None:
+    """The base model's config; None where transformers has to read it."""
+    path = Path(str(recipe.get("base_model_config") or recipe.get("base_model")), "config.json")
+    if recipe.get("trust_remote_code") or recipe.get("cls_model_config") or not path.is_file():
+        return None
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        own = model_config_of(recipe)
+    except ValueError:
+        return None
+    if own or not isinstance(fields, dict) or not _says_everything(fields):
+        return None
+    return PlainConfig(**{**fields, "sliding_window": None, "layer_types": None})
+
+
+def _says_everything(fields: Mapping[str, Any]) -> bool:
+    model_type = fields.get("model_type")
+    numbers = [fields.get(name) for name in NUMBERS]
+    if model_type not in MODEL_TYPES or any(map(fields.get, DECIDES_MORE)):
+        return False
+    if not all(type(number) is int and number > 0 for number in numbers):
+        return False
+    heads = fields["num_attention_heads"]
+    known = "head_dim" in fields if model_type == "qwen3" else not fields["hidden_size"] % heads
+    if not known or heads % fields["num_key_value_heads"]:
+        return False
+    if type(fields.get("head_dim", 1)) is not int:
+        return False
+    return _attends_fully(fields) and _has_plain_rope(fields)
+
+
+def _attends_fully(fields: Mapping[str, Any]) -> bool:
+    kinds = set(fields.get("layer_types") or ())
+    if fields["model_type"] == "mistral":
+        limited = fields.get("sliding_window", 4096) is not None
+    else:
+        limited = bool(fields.get("use_sliding_window"))
+    return kinds <= {"full_attention"} and not limited
+
+
+def _has_plain_rope(fields: Mapping[str, Any]) -> bool:
+    rope = fields.get(ROPE_KEYS[0]) or fields.get(ROPE_KEYS[1]) or {}
+    if not isinstance(rope, Mapping) or any(isinstance(each, Mapping) for each in rope.values()):
+        return False
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    return kind in ROPE_TYPES and bool(rope.get("rope_theta") or fields.get("rope_theta"))

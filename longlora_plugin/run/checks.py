@@ -21,7 +21,7 @@ from longlora_plugin.run.axolotl_keys import (
     model_config_of,
     value_of,
 )
-from longlora_plugin.run.plain_config import PlainConfig
+from longlora_plugin.run.base_model import PlainConfig
 from longlora_plugin.run.refusals import refused
 
 TRL_ATTACHES_ADAPTER = ("dpo", "ipo", "kto")

@@ -17,7 +17,7 @@ from longlora_plugin.plan.shape import meta_model, shape_of
 from longlora_plugin.plan.skeleton import Skeleton
 from longlora_plugin.rope import rope_parameters_of
 from longlora_plugin.rope.base_config import contexts_of
-from longlora_plugin.run.plain_config import PlainConfig, plain_config_of
+from longlora_plugin.run.base_model import PlainConfig, plain_config_of
 from longlora_plugin.run.prepare import prepare_run
 from longlora_plugin.run.recipe import read_recipe
 
