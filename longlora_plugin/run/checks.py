@@ -60,7 +60,7 @@ def problems_of(
     if block.shifted_attention:
         checks += [
             partial(block.group_size_for, sequence_len),
-            partial(_check_attention, recipe),
+            lambda: kernel_kind(attention_implementation(recipe)),
             partial(find, "longlora_attention_patterns", block.attention_pattern),
         ]
         if base_config is not None:
@@ -71,9 +71,8 @@ def problems_of(
     if recipe.get("adapter") == "longlora":
         checks.append(partial(_check_zero3, recipe))
     checks += [
-        partial(check, recipe) for check in (_check_lm_eval, _check_relora, _check_tiled_mlp)
+        partial(check, recipe) for check in (_check_lm_eval, _check_tiled_mlp, _check_preference)
     ]
-    checks.append(partial(_check_preference, recipe, block.shifted_attention))
     for check in checks:
         try:
             check()
@@ -153,16 +152,6 @@ def _check_lm_eval(recipe: Mapping[str, Any]) -> None:
     )
 
 
-def _check_relora(recipe: Mapping[str, Any]) -> None:
-    # Every restart merges the adapter into weights that no checkpoint and no manifest knows of.
-    if recipe.get("relora"):
-        raise ValueError(
-            "relora: true does not work with the longlora plugin: it trains on a base that each "
-            "restart changes, so what it saves as an adapter does not belong to base_model. "
-            "Remove relora (and jagged_restart_steps); for a higher rank, raise lora_r"
-        )
-
-
 def _check_tiled_mlp(recipe: Mapping[str, Any]) -> None:
     rows = str(recipe.get("micro_batch_size") or 1)
     if not recipe.get("tiled_mlp") or rows == "1" or recipe.get("sample_packing"):
@@ -174,7 +163,7 @@ def _check_tiled_mlp(recipe: Mapping[str, Any]) -> None:
     )
 
 
-def _check_preference(recipe: Mapping[str, Any], shifted: bool) -> None:
+def _check_preference(recipe: Mapping[str, Any]) -> None:
     method, started_from = recipe.get("rl"), recipe.get("lora_model_dir")
     if method in TRL_ATTACHES_ADAPTER and recipe.get("adapter") and started_from:
         raise ValueError(
@@ -182,15 +171,6 @@ def _check_preference(recipe: Mapping[str, Any], shifted: bool) -> None:
             "trains a new adapter. Merge it first (axolotl merge-lora), and write the merged "
             "folder as base_model, which is then the reference as well"
         )
-    if method == "ebft" and shifted:
-        raise ValueError(
-            "shifted attention does not work with rl: ebft, which makes attention masks of its "
-            "own; write longlora: {shifted_attention: false}"
-        )
-
-
-def _check_attention(recipe: Mapping[str, Any]) -> None:
-    kernel_kind(attention_implementation(recipe))
 
 
 def _check_family(recipe: Mapping[str, Any], base_config: Any) -> None:

@@ -85,9 +85,23 @@ REFUSALS = (
     # Axolotl scales scores in its own FlexAttention function, which S² takes the place of in
     # training only: the model would train without the scale and be evaluated with it.
     Refusal("scaling_softmax", "it would apply in evaluation only", NO_SHIFTED, SHIFTED),
-    Refusal("diffusion", _BOTH_SIDES, NO_SHIFTED, SHIFTED),
-    Refusal("diffusion_lm", _BOTH_SIDES, NO_SHIFTED, SHIFTED),
-    Refusal("diffusion_decision", _BOTH_SIDES, NO_SHIFTED, SHIFTED),
+    *(
+        Refusal(key, _BOTH_SIDES, NO_SHIFTED, SHIFTED)
+        for key in ("diffusion", "diffusion_lm", "diffusion_decision")
+    ),
+    Refusal(
+        "rl",
+        "it makes attention masks of its own",
+        "write longlora: {shifted_attention: false}",
+        SHIFTED,
+        lambda value: value == "ebft",
+        "ebft",
+    ),
+    Refusal(
+        "relora",
+        "it trains on a base that each restart changes, which no checkpoint and no adapter holds",
+        "remove it and jagged_restart_steps; for a higher rank, raise lora_r",
+    ),
     Refusal(
         "gemma4_hybrid_attn_impl",
         _OWN_ATTENTION,
@@ -133,17 +147,14 @@ REFUSALS = (
         "remove it, or adapter",
         ADAPTER,
     ),
-    Refusal(
-        "lisa_n_layers",
-        "it freezes LoRA in most layers and unfreezes the base model in the rest",
-        "remove it, or adapter",
-        ADAPTER,
-    ),
-    Refusal(
-        "lisa_step_interval",
-        "it freezes LoRA in most layers and unfreezes the base model in the rest",
-        "remove it, or adapter",
-        ADAPTER,
+    *(
+        Refusal(
+            key,
+            "it freezes LoRA in most layers and unfreezes the base model in the rest",
+            "remove it, or adapter",
+            ADAPTER,
+        )
+        for key in ("lisa_n_layers", "lisa_step_interval")
     ),
     Refusal(
         "peft_trainable_token_indices",

@@ -266,7 +266,7 @@ def test_a_precomputed_reference_without_a_switch_is_no_warning(method, block):
             ({"rl": method, "lora_model_dir": "earlier"}, f"rl: {method} with lora_model_dir")
             for method in ("dpo", "ipo", "kto")
         ),
-        ({"rl": "ebft"}, "does not work with rl: ebft"),
+        ({"rl": "ebft"}, "rl: ebft does not work with shifted attention"),
     ],
 )
 def test_what_no_trainer_does_soundly_is_refused_by_name(keys, refusal, adapter):
