@@ -135,29 +135,21 @@ def _progress(report: Report) -> str:
 
 def _show_report(output: Output, report: Report, source: Path, out: Path, *, dry_run: bool) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(title=f"longqa build {'(dry run)' if dry_run else ''}", title_justify="left")
-    table.add_column("what")
-    table.add_column("how many", justify="right")
-    table.add_row("documents", f"{report.documents:,}")
-    table.add_row("windows", f"{report.windows:,}")
+    rows = {"documents": report.documents, "windows": report.windows}
     if dry_run:
-        table.add_row("windows to build", f"{report.to_ask:,}")
+        rows["windows to build"] = report.to_ask
         if any(report.tokens):
-            table.add_row("prompt tokens", f"{report.tokens[0]:,}")
-            table.add_row("completion tokens, at most", f"{report.tokens[1]:,}")
-    for name, number in report.pairs.items():
-        table.add_row(f"pairs: {name}", f"{number:,}")
-    for name, number in report.tasks.items():
-        table.add_row(f"  task {name}", f"{number:,}")
-    for name, number in report.dropped.items():
-        table.add_row(f"dropped: {name}", f"{number:,}")
+            rows["prompt tokens"], rows["completion tokens, at most"] = report.tokens
+    rows |= {f"pairs: {name}": number for name, number in report.pairs.items()}
+    rows |= {f"  task {name}": number for name, number in report.tasks.items()}
+    rows |= {f"dropped: {name}": number for name, number in report.dropped.items()}
     if report.left_out:
-        table.add_row("sentences longer than a window, left out", f"{report.left_out:,}")
+        rows["sentences longer than a window, left out"] = report.left_out
     if any(report.tokens) and not dry_run:
-        table.add_row("tokens spent", f"{sum(report.tokens):,}")
-    output.table(table)
+        rows["tokens spent"] = sum(report.tokens)
+    title = "longqa build (dry run)" if dry_run else "longqa build"
+    output.figures(title, {name: f"{number:,}" for name, number in rows.items()})
     for name, why in report.skipped.items():
         output.print(f"[yellow]skipped[/] {escape(name)}: {escape(why)}")
     for name, earlier in report.duplicates.items():
@@ -219,21 +211,12 @@ def stats(
 
 def _show_stats(output: Output, total: Statistics) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(title="longqa stats", title_justify="left")
-    table.add_column("what")
-    table.add_column("value", justify="right")
-    table.add_row("pairs", f"{total.pairs:,}")
-    table.add_row("documents", f"{total.documents:,}")
-    for kind, pairs in total.kinds.items():
-        table.add_row(f"kind {kind}", f"{pairs:,}")
-    for name, number in total.tasks.items():
-        table.add_row(f"task {name}", f"{number:,}")
-    for name, length in total.lengths.items():
-        table.add_row(f"{total.unit}, {name}", f"{length:,.0f}")
-    for size, share in total.above.items():
-        table.add_row(f"above {int(size):,} tokens", f"{share:.1%}")
-    output.table(table)
+    rows = {"pairs": f"{total.pairs:,}", "documents": f"{total.documents:,}"}
+    rows |= {f"kind {kind}": f"{pairs:,}" for kind, pairs in total.kinds.items()}
+    rows |= {f"task {name}": f"{number:,}" for name, number in total.tasks.items()}
+    rows |= {f"{total.unit}, {name}": f"{each:,.0f}" for name, each in total.lengths.items()}
+    rows |= {f"above {int(size):,} tokens": f"{part:.1%}" for size, part in total.above.items()}
+    output.figures("longqa stats", rows)
     for warning in total.warnings:
         output.print(f"[yellow]warning[/] {escape(warning)}")

@@ -7,7 +7,7 @@ is the JSON alone. Files are tried before the work starts.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,16 @@ class Output:
             widest = max(Measurement.get(self.console, self.console.options, n)[1] for n in names)
             table.columns[0].width = min(widest, self.console.width // 2)
         self.console.print(table)
+
+    def figures(self, title: str, rows: Mapping[str, str]) -> None:
+        """Print a table of names and figures."""
+        from rich.table import Table
+
+        table = Table("what", title=title, title_justify="left")
+        table.add_column("value", justify="right")
+        for row in rows.items():
+            table.add_row(*row)
+        self.table(table)
 
     def note(self, text: str) -> None:
         """Tell what a user should know, on standard error."""

@@ -13,7 +13,7 @@ from longlora_plugin.cli.output import Output
 
 
 @click.command("plan")
-@click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("path", metavar="RECIPE", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--gpu", metavar="NAME", help="a100-80gb, rtx4090-24gb, …, or a size: 48gb.")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option(
@@ -36,9 +36,10 @@ from longlora_plugin.cli.output import Output
 @json_option("Write the figures as JSON.")
 @click.option("--plot", metavar="PNG", help="Memory and FLOPs against length.")
 def command(
-    recipe: Path,
+    path: Path,
     gpu: str | None,
     gpus: int,
+    rows: int | None,
     json_path: str | None,
     plot: str | None,
     **cost: Any,
@@ -49,14 +50,6 @@ def command(
     GPU. What does not fit comes with the changes that make it fit; the answer never changes the
     exit status. A recipe that `recipes check` refuses is refused.
     """
-    out = Output(json_path, plot)
-    out.write_json(_plan(out, recipe, gpu, gpus, **cost))
-    out.wrote("plot", out.plot)
-
-
-def _plan(
-    out: Output, path: Path, gpu: str | None, gpus: int, *, rows: int | None, **cost: Any
-) -> dict[str, Any]:
     from longlora_plugin.plan.from_recipe import base_config_of
     from longlora_plugin.plan.gpus import find_gpu
     from longlora_plugin.plan.planner import plan_run, planned_run
@@ -64,10 +57,10 @@ def _plan(
     from longlora_plugin.recipes.screen import screen
     from longlora_plugin.run.recipe import read_recipe
 
+    out = Output(json_path, plot)
     card = find_gpu(gpu) if gpu else None
     recipe = read_recipe(path)
-    wrong = screen(recipe)
-    if wrong:
+    if wrong := screen(recipe):
         raise ValueError("\n".join(wrong))
     run = planned_run(recipe, base_config_of(recipe), gpus, rows)
     plan = plan_run(recipe, run, card, **cost)
@@ -76,4 +69,5 @@ def _plan(
         from longlora_plugin.plan.plot import plot_plan
 
         plot_plan(run, plan.sequence_len, card, out.plot)
-    return asdict(plan)
+    out.write_json(asdict(plan))
+    out.wrote("plot", out.plot)

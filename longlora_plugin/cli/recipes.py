@@ -34,18 +34,16 @@ def list_recipes(json_path: str | None) -> None:
     rows: list[ListedRow] = []
     for name, listed in sorted(available().items()):
         raw = read_yaml(listed.path)
-        base, length = str(raw.get("base_model")), raw.get("sequence_len")
-        table.add_row(name, base, str(length), listed.summary, listed.owner)
-        rows.append(
-            {
-                "name": name,
-                "path": str(listed.path),
-                "base_model": base,
-                "sequence_len": length,
-                "summary": listed.summary,
-                "from": listed.owner,
-            }
-        )
+        row: ListedRow = {
+            "name": name,
+            "path": str(listed.path),
+            "base_model": str(raw.get("base_model")),
+            "sequence_len": raw.get("sequence_len"),
+            "summary": listed.summary,
+            "from": listed.owner,
+        }
+        rows.append(row)
+        table.add_row(*(str(value) for key, value in row.items() if key != "path"))
     out.table(table)
     out.print("Start from one: axolotl longlora recipes init NAME")
     out.write_json(rows)
@@ -156,18 +154,8 @@ def check(
     ]
     for report in reports:
         _print_report(report, err=out.is_piped)
-    rows: list[CheckedRow] = [
-        {
-            "path": str(report.path),
-            "ok": report.ok,
-            "problems": report.problems,
-            "warnings": report.warnings,
-            "notes": report.notes,
-            "resolved": report.resolved,
-        }
-        for report in reports
-    ]
-    out.write_json(rows)
+    columns = CheckedRow.__annotations__
+    out.write_json([{key: getattr(report, key) for key in columns} for report in reports])
     ctx.exit(0 if all(report.ok for report in reports) else 1)
 
 

@@ -199,12 +199,10 @@ def planned_run(recipe: Recipe, config: Any, gpus: int = 1, rows: int | None = N
         rows: rows of `sequence_len` tokens of the dataset, where they are known.
 
     Raises:
-        ValueError: `gpus` is below 1, or the recipe has a value that cannot be planned with.
+        ValueError: the recipe has a value that cannot be planned with.
     """
     from longlora_plugin.registry import find
 
-    if gpus < 1:
-        raise ValueError(f"--gpus: got {gpus}; write the number of GPUs, at least 1")
     prepared, model = model_of(recipe, config)
     block = prepared.block
     shape = shape_of(model)
