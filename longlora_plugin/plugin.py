@@ -128,7 +128,11 @@ class LongLoRAPlugin(BasePlugin):
         if len(self._models) > 1:
             return  # a reference model
         if cfg.precompute_ref_log_probs:
-            attention = (run.group_size, run.full_attention_below, run.attention_pattern)
+            attention = (
+                run.group_size,
+                run.block.full_attention_below,
+                run.block.attention_pattern,
+            )
             self._undo.append(precompute_references(self._handles, attention, run.model_config))
         if not late:
             self._describe(cfg, run, trained)

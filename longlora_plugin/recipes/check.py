@@ -248,9 +248,9 @@ def _describe(raw: Mapping[str, Any], run: PreparedRun, report: Report) -> None:
             "rope_reason": run.rope.chosen_by_auto,
             "rope_parameters": run.rope.rope_parameters,
         }
-    if run.group_size and run.full_attention_below >= run.target_context:
+    if run.group_size and run.block.full_attention_below >= run.target_context:
         report.notes.append(
-            f"longlora.full_attention_below: {run.full_attention_below} covers every row of "
+            f"longlora.full_attention_below: {run.block.full_attention_below} covers every row of "
             f"sequence_len: {run.target_context}, so shifted attention never runs"
         )
     if run.adapter != "longlora" and "trainable" in run.block.model_fields_set:

@@ -59,8 +59,8 @@ def enable_attention(run: PreparedRun, model: Any) -> ShiftedAttention | None:
     handle = enable_shifted_attention(
         model,
         group_size=run.group_size,
-        full_attention_below=run.full_attention_below,
-        pattern=find("longlora_attention_patterns", run.attention_pattern),
+        full_attention_below=run.block.full_attention_below,
+        pattern=find("longlora_attention_patterns", run.block.attention_pattern),
     )
     if run.context_parallel > 1:
         from longlora_plugin.attention.eligibility import check_shardable

@@ -47,8 +47,6 @@ class PreparedRun:
         rope_before: `rope_parameters` of the base model.
         rope: RoPE of the run; None where it cannot be decided.
         group_size: tokens in a group; None where the run trains without S²-Attn.
-        attention_pattern: who attends to whom.
-        full_attention_below: documents of up to this many tokens are one group.
         context_parallel: GPUs that share a row.
         trainable: kinds of modules trained in addition to LoRA; none but with `adapter: longlora`.
         model_config: every field in which the config of the run's model differs from the base's.
@@ -67,8 +65,6 @@ class PreparedRun:
     rope_before: Mapping[str, Any]
     rope: RopeSettings | None
     group_size: int | None
-    attention_pattern: str
-    full_attention_below: int
     context_parallel: int
     trainable: tuple[str, ...]
     model_config: Mapping[str, Any]
@@ -181,8 +177,6 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
         rope_before={} if base_config is None else rope_parameters_of(base_config),
         rope=rope,
         group_size=group_size,
-        attention_pattern=block.attention_pattern,
-        full_attention_below=block.full_attention_below,
         context_parallel=processes,
         trainable=tuple(block.trainable) if adapter == "longlora" else (),
         model_config=overrides,

@@ -136,7 +136,7 @@ def _attention(run: PreparedRun, built: Built | None) -> Iterator[Fact]:
         return
     layers = f"{built.layers} layers" if built else "its attention layers"
     yield Fact(
-        f"shifted attention ({run.attention_pattern})",
+        f"shifted attention ({run.block.attention_pattern})",
         True,
         f"{layers}, group size {run.group_size} of {run.target_context} tokens, on "
         f"{attention_implementation(run.recipe)}; in training only",
