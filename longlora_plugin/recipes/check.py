@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from longlora_plugin.plan.from_recipe import training_of
-from longlora_plugin.plan.gpus import find_gpu
-from longlora_plugin.plan.planner import plan_run, planned_run
+from longlora_plugin.plan.gpus import Gpu, find_gpu
+from longlora_plugin.plan.planner import Plan, plan_run, planned_run
 from longlora_plugin.plan.shape import meta_model
 from longlora_plugin.run.base_model import base_config_of
 from longlora_plugin.run.built import built_of, trained_modules
+from longlora_plugin.run.checks import told_in
 from longlora_plugin.run.prepare import PreparedRun, prepare_run
 from longlora_plugin.run.recipe import Recipe, asks_for_longlora, read_yaml
 from longlora_plugin.run.summary import Built, Fact, facts
@@ -94,7 +95,8 @@ def check_recipe(
         if run.block.held_out:
             from longlora_plugin.evaluation.data import check_held_out_of
 
-            _told(lambda: check_held_out_of(run), report)
+            with told_in(report.problems):
+                check_held_out_of(run)
         _check_data(raw, run, report)
     schema_is_fine = _check_schema(raw, run, gpu or ASSUMED_GPU, gpus, report)
 
@@ -199,23 +201,23 @@ def _base_config(raw: Mapping[str, Any], stand_in: str | None, report: Report) -
         raw = {**raw, "base_model_config": stand_in}
     try:
         return base_config_of(raw)
-    except Exception as told:
-        if isinstance(told, ValueError) and told.__context__ is None and not stand_in:
+    except ValueError as told:
+        if told.__context__ is None and not stand_in:
             report.problems.append(str(told))
             return None
-        # The host says it for a run, which needs the base; here the reason under it decides.
-        error = told.__context__ if isinstance(told, ValueError) and told.__context__ else told
-        why = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        if stand_in:
-            report.problems.append(f"--base-config: cannot read {stand_in}: {why}")
-        elif _is_the_recipes_fault(name, error):
-            report.problems.append(f"base_model: cannot read the config of {name}: {why}")
-        else:
-            report.notes.append(
-                f"the config of {name} could not be read here ({why}): RoPE against its context, "
-                "its attention layers and memory are not checked. Give a folder with its "
-                "config.json: --base-config FOLDER"
-            )
+        # The message is for a run, which needs the base; here the reason under it decides.
+        error = told.__context__ or told
+    why = (str(error).strip().splitlines() or [repr(error)])[0]
+    if stand_in:
+        report.problems.append(f"--base-config: cannot read {stand_in}: {why}")
+    elif _is_the_recipes_fault(name, error):
+        report.problems.append(f"base_model: cannot read the config of {name}: {why}")
+    else:
+        report.notes.append(
+            f"the config of {name} could not be read here ({why}): RoPE against its context, "
+            "its attention layers and memory are not checked. Give a folder with its "
+            "config.json: --base-config FOLDER"
+        )
     return None
 
 
@@ -223,7 +225,7 @@ def _is_the_recipes_fault(name: str, error: BaseException) -> bool:
     """Whether the base does not exist, rather than being out of reach."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if Path(name).exists():
         return True
     seen: BaseException | None = error
     while seen is not None:
@@ -313,17 +315,23 @@ def _check_model(run: PreparedRun, base_config: Any, report: Report) -> Built | 
     return built
 
 
-def _check_memory(recipe: Recipe, config: Any, card: Any, gpus: int, report: Report) -> None:
-    run = _told(lambda: planned_run(recipe, config, gpus), report)
-    if not run:
-        return
-    report.notes += run.notes
-    if card is None:
-        return
-    plan = plan_run(recipe, run, card)
-    where = f"{gpus} × {card.name} ({card.memory:g} GiB each)"
+def _check_memory(recipe: Recipe, config: Any, card: Gpu | None, gpus: int, report: Report) -> None:
+    with told_in(report.problems):
+        run = planned_run(recipe, config, gpus)
+        report.notes += run.notes
+        if card is not None:
+            _check_fits(plan_run(recipe, run, card), card, report)
+
+
+def _check_fits(plan: Plan, card: Gpu, report: Report) -> None:
+    where = f"{plan.gpus} × {card.name} ({card.memory:g} GiB each)"
     needed, total = plan.memory["needed"], plan.memory["total"]
-    report.resolved["memory"] = {"gpu": card.name, "gpus": gpus, "needed": needed, "total": total}
+    report.resolved["memory"] = {
+        "gpu": card.name,
+        "gpus": plan.gpus,
+        "needed": needed,
+        "total": total,
+    }
     longest = f"the longest sequence_len that fits is {plan.largest_sequence_len:,}"
     if not plan.fits:
         report.problems.append(f"does not fit {where}: {needed:.1f} GiB of tensors; {longest}")
@@ -336,21 +344,13 @@ def _check_memory(recipe: Recipe, config: Any, card: Any, gpus: int, report: Rep
         report.notes.append(f"fits {where}: {total:.1f} GiB; {longest}")
 
 
-def _told(ask: Any, report: Report) -> Any:
-    """What `ask` returns; a ValueError of it becomes a problem and an empty answer."""
-    try:
-        return ask()
-    except ValueError as error:
-        report.problems.append(str(error))
-        return ()
-
-
 def _check_deepspeed(recipe: Recipe, report: Report) -> None:
     path = recipe.raw.get("deepspeed")
     if not isinstance(path, str) or Path(path).is_file():
         return
     alone = Recipe(recipe.path, {"deepspeed": path}, None)
-    report.notes += _told(lambda: training_of(alone, 1)[1], report)
+    with told_in(report.problems):
+        report.notes += training_of(alone, 1)[1]
     if (recipe.path.parent / path).is_file():
         report.notes.append(
             f"deepspeed: {path} is next to the recipe, but Axolotl looks for it from the folder "

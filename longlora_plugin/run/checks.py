@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,15 @@ from longlora_plugin.run.refusals import refused
 
 TRL_ATTACHES_ADAPTER = ("dpo", "ipo", "kto")
 """Values of `rl` for which Axolotl hands the trainer a LoRA config instead of a PEFT model."""
+
+
+@contextmanager
+def told_in(problems: list[str]) -> Iterator[None]:
+    """What a ValueError of the block says is one of the problems; the rest goes on."""
+    try:
+        yield
+    except ValueError as error:
+        problems.append(str(error))
 
 
 def block_of(recipe: Mapping[str, Any]) -> tuple[LongLoRAConfig, list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,18 +140,30 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
     recipe = {key: value for key, value in recipe.items() if key not in wrong_values}
     block, problems = checks.block_of(recipe) if asked else (OFF, [])
     problems += wrong_values.values()
-    sequence_len = _sequence_len(recipe, problems)
+    sequence_len = 0
+    with checks.told_in(problems):
+        sequence_len = sequence_len_of(recipe)
+    group_size: int | None = None
     rope: RopeSettings | None = None
+    rope_before = {} if base_config is None else rope_parameters_of(base_config)
     overrides: dict[str, Any] = {}
     if sequence_len:
         if asked:
             problems += checks.problems_of(recipe, block, base_config, sequence_len)
         rope, overrides, wrong = _rope(recipe, block, base_config, sequence_len)
         problems += wrong if asked else []
-    group_size = _group_size(block, sequence_len)
+    if sequence_len and block.shifted_attention:
+        with suppress(ValueError):  # one of the problems
+            group_size = block.group_size_for(sequence_len)
     updates, warnings = _updates(recipe, block, problems) if asked else ({}, [])
-    processes, shared, told = _shared_rows(recipe, block, rope, base_config, problems, asked)
-    updates, warnings = updates | shared, warnings + told
+    processes = 1
+    if asked:
+        parameters = rope.rope_parameters if rope else rope_before
+        processes, shared = _shared_rows(recipe, block, parameters, problems)
+        updates |= shared
+    if group_size:
+        about = context_parallel.group_warning(group_size, sequence_len, processes)
+        warnings += [about] if about else []
     if group_size and block.full_attention_steps and _precomputes(recipe):
         warnings.append(
             "precompute_ref_log_probs: the reference is computed once, with the attention of the "
@@ -174,7 +187,7 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
         pretrained_context=rope.pretrained_context if rope else None,
         base_context=rope.base_context if rope else None,
         target_context=sequence_len,
-        rope_before={} if base_config is None else rope_parameters_of(base_config),
+        rope_before=rope_before,
         rope=rope,
         group_size=group_size,
         context_parallel=processes,
@@ -190,14 +203,6 @@ def _precomputes(recipe: Mapping[str, Any]) -> bool:
     return bool(recipe.get("precompute_ref_log_probs")) and recipe.get("rl") in PRECOMPUTES
 
 
-def _sequence_len(recipe: Mapping[str, Any], problems: list[str]) -> int:
-    try:
-        return sequence_len_of(recipe)
-    except ValueError as error:
-        problems.append(str(error))
-        return 0
-
-
 def _rope(
     recipe: Mapping[str, Any], block: LongLoRAConfig, base_config: Any, sequence_len: int
 ) -> tuple[RopeSettings | None, dict[str, Any], list[str]]:
@@ -205,7 +210,7 @@ def _rope(
     problems: list[str] = []
     own: dict[str, Any] = {}
     rope = None
-    try:
+    with checks.told_in(problems):
         own = model_config_of(recipe)
         if base_config is not None:
             config = copy.deepcopy(base_config)
@@ -221,12 +226,8 @@ def _rope(
             if block.rope_preset == "none" and own.keys() & set(ROPE_KEYS):
                 _override(config, own)
                 rope = replace(rope, rope_parameters=rope_parameters_of(config))
-    except ValueError as error:
-        problems.append(str(error))
-    try:
+    with checks.told_in(problems):
         checks.check_rope_is_ours(recipe, block, rope)
-    except ValueError as error:
-        problems.append(str(error))
     return (None if problems else rope), own, problems
 
 
@@ -247,22 +248,13 @@ def _override(config: Any, fields: Mapping[str, Any]) -> None:
             raise ValueError(f"model_config.{field}: got {value!r}: {why}") from None
 
 
-def _group_size(block: LongLoRAConfig, sequence_len: int) -> int | None:
-    if not block.shifted_attention or not sequence_len:
-        return None
-    try:
-        return block.group_size_for(sequence_len)
-    except ValueError:
-        return None  # one of the problems
-
-
 def _updates(
     recipe: Mapping[str, Any], block: LongLoRAConfig, problems: list[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """The keys for Axolotl besides RoPE, and warnings."""
     updates: dict[str, Any] = {}
     warnings: list[str] = []
-    try:
+    with checks.told_in(problems):
         check_adapter(recipe.get("lora_model_dir"))
         updates, warnings = choose_checkpoint(
             Path(recipe.get("output_dir") or "./model-out"),
@@ -271,8 +263,6 @@ def _updates(
             weights_only=bool(recipe.get("save_only_model")),
             adapter=bool(recipe.get("adapter")),
         )
-    except ValueError as error:
-        problems.append(str(error))
     if recipe.get("adapter") == "longlora":
         updates.update(adapter_keys(recipe))
         if block.trainable:
@@ -312,28 +302,17 @@ def _rates(recipe: Mapping[str, Any]) -> list[str]:
 def _shared_rows(
     recipe: Mapping[str, Any],
     block: LongLoRAConfig,
-    rope: RopeSettings | None,
-    base_config: Any,
+    rope_parameters: Mapping[str, Any],
     problems: list[str],
-    asked: bool,
-) -> tuple[int, dict[str, Any], list[str]]:
-    """How many GPUs share a row, the keys for Axolotl, and warnings."""
-    if not asked:
-        return 1, {}, []
-    written = {} if base_config is None else rope_parameters_of(base_config)
-    parameters = rope.rope_parameters if rope else written
-    nested = [each for each in parameters.values() if isinstance(each, Mapping)]
-    types = {each.get("rope_type") for each in nested or [parameters]}
-    try:
+) -> tuple[int, dict[str, Any]]:
+    """How many GPUs share a row, and the keys for Axolotl."""
+    nested = [each for each in rope_parameters.values() if isinstance(each, Mapping)]
+    types = {each.get("rope_type") for each in nested or [rope_parameters]}
+    with checks.told_in(problems):
         processes = context_parallel.context_parallel_size(recipe)
         problems += context_parallel.problems_of(recipe, block, types)
-        sequence_len = sequence_len_of(recipe)
-    except ValueError as error:
-        problems.append(str(error))
-        return 1, {}, []
-    group = _group_size(block, sequence_len)
-    warning = context_parallel.group_warning(group, sequence_len, processes) if group else None
-    return processes, context_parallel.updates_of(recipe), [warning] if warning else []
+        return processes, context_parallel.updates_of(recipe)
+    return 1, {}
 
 
 def _not_extended(
