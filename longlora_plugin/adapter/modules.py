@@ -2,11 +2,7 @@
 
 LoRA alone does not extend a context; with trainable embeddings and norms it does. The modules are
 found on the built model by what they are, not by what a family calls them, and trained as PEFT
-`modules_to_save`, so PEFT itself saves, loads and merges them.
-
-PEFT keeps such copies in the base model's dtype. In bf16 an update of relative size 2⁻⁹ or less
-rounds away, so at the paper's learning rate norms would never move: `train_in_fp32` trains
-fp32 copies while activations stay in the compute dtype.
+`modules_to_save`, so PEFT itself saves, loads and merges them (in fp32: `fp32_weights.py`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 TRAINED = ("lora_", ".modules_to_save.")
 """Parts of the names of an adapter's tensors."""
@@ -22,13 +22,7 @@ class CheckOptimizer(TrainerCallback):
         self.optimizer = optimizer
         self.error = error
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         moved = {
             id(parameter)
             for group in kwargs["optimizer"].param_groups

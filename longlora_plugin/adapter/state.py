@@ -49,13 +49,13 @@ def name_in_file(parameter: str) -> str:
     return re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", name)
 
 
-def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Name in PEFT's file → trained parameter; tied parameters under each of their names."""
-    return {
-        name_in_file(name): parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad
-    }
+def _names_of_trained(model: torch.nn.Module) -> dict[Any, list[str]]:
+    """Trained parameter → its names in PEFT's file; a tied one has several."""
+    names: dict[Any, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.setdefault(parameter, []).append(name_in_file(name))
+    return names
 
 
 def gather_adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -64,19 +64,13 @@ def gather_adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     Returns:
         Name in PEFT's file → tensor; empty on every process but the first.
     """
-    parameters = trained_parameters(model)
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     whole: dict[str, torch.Tensor] = {}
-    seen: dict[int, str] = {}
-    for name, parameter in parameters.items():
-        if id(parameter) in seen:
-            if first:
-                whole[name] = whole[seen[id(parameter)]].clone()
-            continue
-        seen[id(parameter)] = name
+    for parameter, names in _names_of_trained(model).items():
         tensor = _whole(parameter)
         if first:
-            whole[name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+            for name in names:
+                whole[name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
     return whole
 
 
@@ -86,36 +80,31 @@ def load_adapter_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tenso
     Raises:
         ValueError: a tensor is missing or has another shape; nothing was set.
     """
-    names: dict[int, list[str]] = {}
-    parameters: dict[int, Any] = {}
-    for name, parameter in trained_parameters(model).items():
-        names.setdefault(id(parameter), []).append(name)
-        parameters[id(parameter)] = parameter
-    found = {key: next((n for n in names[key] if n in tensors), None) for key in parameters}
-    missing = sorted(names[key][0] for key, name in found.items() if name is None)
+    trained = _names_of_trained(model)
+    missing = sorted(names[0] for names in trained.values() if not tensors.keys() & set(names))
     if missing:
         raise ValueError(
-            f"the adapter lacks {len(missing)} of the {len(parameters)} tensors that this recipe "
+            f"the adapter lacks {len(missing)} of the {len(trained)} tensors that this recipe "
             f"trains: {some(missing)}; it was trained with other lora_target_modules or "
             "longlora: {trainable: …}"
         )
-    values = {key: tensors[str(name)] for key, name in found.items()}
+    found = {each: next(n for n in names if n in tensors) for each, names in trained.items()}
     wrong = [
-        f"{found[key]} is {tuple(values[key].shape)}, the model's {tuple(_shape(parameter))}"
-        for key, parameter in parameters.items()
-        if values[key].shape != _shape(parameter)
+        f"{name} is {tuple(tensors[name].shape)}, the model's {tuple(_shape(parameter))}"
+        for parameter, name in found.items()
+        if tensors[name].shape != _shape(parameter)
     ]
     if wrong:
         raise ValueError(f"the adapter belongs to another base model: {some(wrong)}")
     with torch.no_grad():
-        for key, parameter in parameters.items():
+        for parameter, name in found.items():
             if _is_deepspeeds(parameter):
                 from deepspeed.utils import safe_set_full_fp32_param
 
-                value = values[key].to(parameter.device, torch.float32)
+                value = tensors[name].to(parameter.device, torch.float32)
                 safe_set_full_fp32_param(parameter, value)
             else:
-                parameter.copy_(values[key])
+                parameter.copy_(tensors[name])
 
 
 def read_adapter_state(folder: str | Path, **hub: Any) -> dict[str, torch.Tensor]:
