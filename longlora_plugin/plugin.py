@@ -361,15 +361,15 @@ def _merge(cfg: Any, weights: Callable[[Path], None]) -> Path | None:
             quantization=None if by_axolotl else quantization_of_run(cfg),
             remote_code=bool(cfg.trust_remote_code),
         )
-        merged = folder.merge(
+        disagreements, notes = folder.merge(
             source,
             target,
             weights=weights if by_axolotl else None,
             finish=lambda draft: finish(draft, record, "merged", called=target),
         )
-    for disagreement in merged.disagreements:
+    for disagreement in disagreements:
         log.warning("LongLoRA merge: %s", disagreement)
-    for note in merged.notes:
+    for note in notes:
         log.info("LongLoRA merge: %s", note)
     log.info("LongLoRA merge: %s is complete and loads", target)
     return target

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from longlora_plugin.adapter.state import match_rows, plain_name, read_adapter_state
 from longlora_plugin.artifacts.manifest import FILE as MANIFEST
@@ -68,24 +68,14 @@ class Source:
     remote_code: bool = False
 
 
-class Merged(NamedTuple):
-    """What a user should know of a merge, a line for each thing.
-
-    Attributes:
-        disagreements: fields of the config in which the recipe is not what was trained.
-        notes: what was done in addition to adding the adapter.
-    """
-
-    disagreements: list[str]
-    notes: list[str]
-
-
 def open_adapter(source: Source) -> adapted.AdaptedModel:
     """The adapter on its base, without the base's weights.
 
     Raises:
         ValueError: it cannot be merged, or belongs to another base.
     """
+    import torch
+
     trained, _ = trained_config(source.base_config, source.adapter_dir, source.recipe)
     saved = read_json(source.adapter_dir / "adapter_config.json")
     kinds = REWARD_MODELS if saved.get("task_type") == "SEQ_CLS" else LANGUAGE_MODELS
@@ -95,7 +85,9 @@ def open_adapter(source: Source) -> adapted.AdaptedModel:
         if model is None:
             continue
         try:
-            return adapted.AdaptedModel(_with_rows(model, source.adapter_dir), source.adapter_dir)
+            with torch.device("meta"):
+                match_rows(model, read_adapter_state(source.adapter_dir))
+            return adapted.AdaptedModel(model, source.adapter_dir)
         except ValueError as error:
             failures.append(str(error))
     if not failures:
@@ -113,12 +105,16 @@ def merge(
     *,
     weights: Callable[[Path], None] | None = None,
     finish: Callable[[Path], None] | None = None,
-) -> Merged:
+) -> tuple[list[str], list[str]]:
     """Write the merged model to `target`, in place of an earlier one; twice is the same as once.
 
     Args:
         weights: writes the merged weights to a folder instead, for bases that only Axolotl merges.
         finish: completes the folder before it takes its place; an earlier model card is in it.
+
+    Returns:
+        A line for each field of the config in which the recipe is not what was trained, and for
+        each thing that was done in addition to adding the adapter.
 
     Raises:
         ValueError: the adapter cannot be merged; an earlier folder stays as it was.
@@ -156,7 +152,7 @@ def merge(
             _copy_card(target, source.base_dir, draft)
             finish(draft)
         check_loads(draft, remote_code=source.remote_code)
-    return Merged(others, notes)
+    return others, notes
 
 
 def trained_config_of(source: Source) -> tuple[Any, list[str]]:
@@ -247,14 +243,6 @@ def check_loads(folder: Path, *, remote_code: bool = False) -> None:
     ]
     if wrong:
         raise ValueError(f"transformers cannot load {folder}: {'; '.join(wrong[:3])}")
-
-
-def _with_rows(model: Any, adapter_dir: Path) -> Any:
-    import torch
-
-    with torch.device("meta"):
-        match_rows(model, read_adapter_state(adapter_dir))
-    return model
 
 
 def _rounded(source: Source, model: Any) -> frozenset[str]:

@@ -160,7 +160,7 @@ def test_what_was_trained_is_merged_and_a_disagreement_is_named(tmp_path):
     )
     other = {**LINEAR, "factor": 8.0}
     recipe = {"rope_parameters": other, "max_position_embeddings": 512}
-    told = merge(source(base, adapter, recipe=recipe), tmp_path / "merged").disagreements
+    told, _ = merge(source(base, adapter, recipe=recipe), tmp_path / "merged")
     config = AutoConfig.from_pretrained(base)
     config.sliding_window = None
     config.rope_parameters, config.max_position_embeddings = LINEAR, 256
