@@ -187,8 +187,4 @@ def save_fsdp2_adapters_with(write: Callable[[Any, Path], None]) -> Callable[[],
         return True
 
     shard.save_fsdp2_lora_adapter = save_fsdp2_lora_adapter
-
-    def restore() -> None:
-        shard.save_fsdp2_lora_adapter = original
-
-    return restore
+    return functools.partial(setattr, shard, "save_fsdp2_lora_adapter", original)

@@ -52,11 +52,7 @@ def precompute_references(handles: Sequence[Any], *decided_by: object) -> Callab
                 handle.precomputing = False
 
     trainer_class._precompute_ref_logps = precompute
-
-    def restore() -> None:
-        trainer_class._precompute_ref_logps = original
-
-    return restore
+    return functools.partial(setattr, trainer_class, "_precompute_ref_logps", original)
 
 
 def use_own_reference(trainer: Any, models: Sequence[Any]) -> None:
