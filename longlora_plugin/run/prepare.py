@@ -164,13 +164,8 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
     if group_size:
         about = context_parallel.group_warning(group_size, sequence_len, processes)
         warnings += [about] if about else []
-    if group_size and block.full_attention_steps and _precomputes(recipe):
-        warnings.append(
-            "precompute_ref_log_probs: the reference is computed once, with the attention of the "
-            f"first steps, so no step changes to full attention: full_attention_steps: "
-            f"{block.full_attention_steps:g} becomes 0"
-        )
-        block = block.model_copy(update={"full_attention_steps": 0.0})
+    if group_size and block.full_attention_steps and recipe.get("precompute_ref_log_probs"):
+        block = _without_full_steps(recipe, block, warnings)
     if overrides and asked and "overrides_of_model_config" in recipe:
         updates |= model_config_keys(recipe, {})  # an empty model_config would win
     if rope is not None and rope.extended:
@@ -199,8 +194,18 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
     )
 
 
-def _precomputes(recipe: Mapping[str, Any]) -> bool:
-    return bool(recipe.get("precompute_ref_log_probs")) and recipe.get("rl") in PRECOMPUTES
+def _without_full_steps(
+    recipe: Mapping[str, Any], block: LongLoRAConfig, warnings: list[str]
+) -> LongLoRAConfig:
+    """The block for a run whose references are precomputed, where Axolotl does that."""
+    if recipe.get("rl") not in PRECOMPUTES:
+        return block
+    warnings.append(
+        "precompute_ref_log_probs: the reference is computed once, with the attention of the "
+        f"first steps, so no step changes to full attention: full_attention_steps: "
+        f"{block.full_attention_steps:g} becomes 0"
+    )
+    return block.model_copy(update={"full_attention_steps": 0.0})
 
 
 def _rope(
