@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.parallel.measure import SECONDS, Case, Counted, process
-from longlora_plugin.plan.parallel import halo_bytes, ring_bytes, ulysses_bytes
+from longlora_plugin.plan.parallel import bytes_sent
 from longlora_plugin.plan.shape import ModelShape
 
 BYTES = 2
@@ -88,6 +88,7 @@ def row_of(case: Case, counted: list[Counted]) -> Row:
         rotary_dim=case.head_dim, windows=(None,), projection_weights=0, ffn_weights=0,
         head_weights=0, norm_elements=0,
     )  # fmt: skip
+    planned = bytes_sent(shape, case.tokens, case.processes, case.group_size)
     received = max(each.received for each in counted)
     return Row(
         **asdict(case),
@@ -95,9 +96,9 @@ def row_of(case: Case, counted: list[Counted]) -> Row:
         backward_exchanges=max(each.backward_exchanges for each in counted),
         received=received,
         bytes=received * BYTES,
-        formula_bytes=halo_bytes(shape, case.tokens, case.processes, case.group_size),
-        ring_bytes=ring_bytes(shape, case.tokens, case.processes),
-        ulysses_bytes=ulysses_bytes(shape, case.tokens, case.processes),
+        formula_bytes=planned["halo"],
+        ring_bytes=planned["ring"],
+        ulysses_bytes=planned["ulysses"],
         output_error=max(each.output_error for each in counted),
         gradient_error=max(each.gradient_error for each in counted),
     )

@@ -15,41 +15,35 @@ from longlora_plugin.attention.layout import S2, AttentionPattern, halo_tokens, 
 from longlora_plugin.plan.shape import ModelShape
 
 
-def halo_bytes(
+def bytes_sent(
     shape: ModelShape,
     sequence_len: int,
     processes: int,
-    group_size: int,
+    group_size: int | None = None,
     *,
     pattern: AttentionPattern = S2,
     bytes_each: int = 2,
-) -> int:
-    """Σ over runs of heads (halo tokens · their KV heads · (d_k + d_v) · bytes), the most of any
-    process. Where the group divides the shard: G/2 tokens for the shifted half, none for the plain.
+) -> dict[str, int]:
+    """Bytes for one layer by `ring`, `ulysses` and, where there is a group, S²'s `halo`.
+
+    Where the group divides the shard, the halo is G/2 tokens for the shifted half of the heads and
+    none for the plain one.
     """
     shard = sequence_len // processes
-    runs = head_runs(pattern, shape.heads, shape.kv_heads, group_size)
-    return max(
-        sum(
-            halo_tokens(shard, group_size, run.shift, rank)
-            * (run.kv.stop - run.kv.start)
-            * (shape.head_dim + shape.value_dim)
-            * bytes_each
-            for run in runs
+    width = (shape.head_dim + shape.value_dim) * bytes_each
+    sent = {
+        # K and V of a shard, sent on P − 1 times.
+        "ring": (processes - 1) * shard * shape.kv_heads * width,
+        # Q, K and V there and the output back, all but the part that stays.
+        "ulysses": shard * (shape.heads + shape.kv_heads) * width * (processes - 1) // processes,
+    }
+    if group_size is not None:
+        runs = head_runs(pattern, shape.heads, shape.kv_heads, group_size)
+        sent["halo"] = width * max(
+            sum(
+                halo_tokens(shard, group_size, run.shift, rank) * (run.kv.stop - run.kv.start)
+                for run in runs
+            )
+            for rank in range(processes)
         )
-        for rank in range(processes)
-    )
-
-
-def ring_bytes(shape: ModelShape, sequence_len: int, processes: int, bytes_each: int = 2) -> int:
-    """K and V of a shard, sent on P − 1 times."""
-    shard = sequence_len // processes
-    width = shape.kv_heads * (shape.head_dim + shape.value_dim) * bytes_each
-    return (processes - 1) * shard * width
-
-
-def ulysses_bytes(shape: ModelShape, sequence_len: int, processes: int, bytes_each: int = 2) -> int:
-    """Q, K and V there and the output back, all but the part that stays."""
-    shard = sequence_len // processes
-    width = (shape.heads + shape.kv_heads) * (shape.head_dim + shape.value_dim) * bytes_each
-    return shard * width * (processes - 1) // processes
+    return sent

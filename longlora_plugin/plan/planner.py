@@ -20,11 +20,7 @@ from longlora_plugin.plan.from_recipe import (
 )
 from longlora_plugin.plan.gpus import GPUS, Gpu
 from longlora_plugin.plan.memory import GIB, Memory, Training, host_memory, memory
-from longlora_plugin.plan.parallel import (
-    halo_bytes,
-    ring_bytes,
-    ulysses_bytes,
-)
+from longlora_plugin.plan.parallel import bytes_sent
 from longlora_plugin.plan.parameters import Parameters
 from longlora_plugin.plan.remedies import Tried, remedies
 from longlora_plugin.plan.shape import ModelShape, shape_of
@@ -76,23 +72,17 @@ class Run:
 
     def sent_at(self, length: int, group_size: int | None) -> dict[str, int] | None:
         """Bytes a layer sends in its forward pass: `halo`, `ring`, `ulysses`."""
-        processes = self.training.context_parallel
-        if processes == 1:
+        training = self.training
+        if training.context_parallel == 1:
             return None
-        sent = {
-            "ring": ring_bytes(self.shape, length, processes, self.training.compute_bytes),
-            "ulysses": ulysses_bytes(self.shape, length, processes, self.training.compute_bytes),
-        }
-        if group_size is not None:
-            sent["halo"] = halo_bytes(
-                self.shape,
-                length,
-                processes,
-                group_size,
-                pattern=self.pattern,
-                bytes_each=self.training.compute_bytes,
-            )
-        return sent
+        return bytes_sent(
+            self.shape,
+            length,
+            training.context_parallel,
+            group_size,
+            pattern=self.pattern,
+            bytes_each=training.compute_bytes,
+        )
 
     def forward_at(self, length: int, group_size: int | None) -> dict[str, float]:
         """TFLOPs of a forward pass over one row, counted densely as in Table 11."""

@@ -113,7 +113,7 @@ def test_numbers_sent_are_the_plans_formula_and_do_not_grow_where_the_group_divi
     size: int, group_size: int, processes: Processes
 ) -> None:
     # Not needed where only the tests of a GPU run.
-    from longlora_plugin.plan.parallel import halo_bytes
+    from longlora_plugin.plan.parallel import bytes_sent
     from longlora_plugin.plan.shape import shape_of
 
     shape, sent = shape_of(sharded_models.llama()), set()
@@ -125,7 +125,7 @@ def test_numbers_sent_are_the_plans_formula_and_do_not_grow_where_the_group_divi
             {"group_size": group_size},
             size=size,
         )
-        formula = LAYERS * halo_bytes(shape, shard * size, size, group_size, bytes_each=1)
+        formula = LAYERS * bytes_sent(shape, shard * size, size, group_size, bytes_each=1)["halo"]
         assert max(traffic.received_forward for _, traffic in found) == formula
         # Backward, what came goes back.
         received = sum(traffic.received for _, traffic in found)

@@ -7,11 +7,7 @@ from transformers import LlamaConfig
 
 from longlora_plugin.attention.layout import group_sizes_that_divide, halo_tokens
 from longlora_plugin.plan.memory import Training, memory
-from longlora_plugin.plan.parallel import (
-    halo_bytes,
-    ring_bytes,
-    ulysses_bytes,
-)
+from longlora_plugin.plan.parallel import bytes_sent
 from longlora_plugin.plan.parameters import count_parameters
 from longlora_plugin.plan.shape import ModelShape, meta_model, shape_of
 
@@ -39,18 +35,15 @@ def test_bytes_a_layer_are_the_designs_table(
     kv_heads: int, length: int, group: int, halo: float, ring: float, ulysses: float
 ) -> None:
     """MB, forward, 8 processes, bf16, 32 heads of 128, the busiest process."""
-    shape = heads_of(32, kv_heads)
-    assert float(f"{halo_bytes(shape, length, 8, group) / 1e6:.3g}") == pytest.approx(
-        halo, rel=0.02
-    )
-    assert float(f"{ring_bytes(shape, length, 8) / 1e6:.3g}") == ring
-    assert float(f"{ulysses_bytes(shape, length, 8) / 1e6:.3g}") == ulysses
+    sent = bytes_sent(heads_of(32, kv_heads), length, 8, group)
+    printed = {kind: float(f"{amount / 1e6:.3g}") for kind, amount in sent.items()}
+    assert printed == {"halo": pytest.approx(halo, rel=0.02), "ring": ring, "ulysses": ulysses}
 
 
 def test_where_the_group_divides_a_shard_the_halo_is_half_a_group_of_half_the_heads() -> None:
     shape = heads_of(32, 8)
     for length in (131_072, 1_048_576):
-        assert halo_bytes(shape, length, 8, 4096) == 2048 * 4 * 2 * 128 * 2
+        assert bytes_sent(shape, length, 8, 4096)["halo"] == 2048 * 4 * 2 * 128 * 2
 
 
 def test_the_halo_is_the_tokens_of_the_first_tokens_segment_before_the_shard() -> None:
