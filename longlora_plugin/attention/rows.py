@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from longlora_plugin.attention.packing import Documents
 
@@ -54,6 +55,17 @@ def take_rows(
         real: int64 [T], the rows of `x` in use; None: all of them, in order.
     """
     return _TakeRows.apply(x, index, back, real)
+
+
+def of_one_size(*qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Query, key and value with the one head size that fused kernels want.
+
+    The zeros change neither scores nor the columns that are kept (MLA).
+    """
+    size = max(x.shape[-1] for x in qkv)
+    return tuple(
+        x if x.shape[-1] == size else functional.pad(x, (0, size - x.shape[-1])) for x in qkv
+    )
 
 
 def flatten(x_BNhD: torch.Tensor, documents: Documents) -> torch.Tensor:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.layout import HeadRun, Segments, ends
 from longlora_plugin.attention.packing import Documents, index_on
-from longlora_plugin.attention.rows import take_rows, unflatten
+from longlora_plugin.attention.rows import of_one_size, take_rows, unflatten
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCall], torch.Tensor]
 """Causal attention of a batch of segments: (q_SHLD, k_SKLD, v_SKLD, call) → out_SHLD. The call's
@@ -49,12 +49,7 @@ def sdpa_kernel(
         )
     head_dim, v_head_dim = q_SHLD.shape[-1], v_SKLD.shape[-1]
     scale = head_dim**-0.5 if call.scale is None else call.scale
-    # The fused kernels want one head size; zeros change neither scores nor the columns kept (MLA).
-    if v_head_dim < head_dim:
-        v_SKLD = functional.pad(v_SKLD, (0, head_dim - v_head_dim))
-    elif v_head_dim > head_dim:
-        padding = (0, v_head_dim - head_dim)
-        q_SHLD, k_SKLD = functional.pad(q_SHLD, padding), functional.pad(k_SKLD, padding)
+    q_SHLD, k_SKLD, v_SKLD = of_one_size(q_SHLD, k_SKLD, v_SKLD)
     grouped = q_SHLD.shape[1] != k_SKLD.shape[1]
     if grouped and not has_fused_grouped_heads(q_SHLD):
         repeats = q_SHLD.shape[1] // k_SKLD.shape[1]

@@ -16,12 +16,11 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional
 
 from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.layout import Segments
 from longlora_plugin.attention.packing import index_on, whole_rows
-from longlora_plugin.attention.rows import flatten, unflatten
+from longlora_plugin.attention.rows import flatten, of_one_size, unflatten
 from longlora_plugin.attention.sdpa import by_run
 
 VarlenKernel = Callable[..., torch.Tensor]
@@ -67,12 +66,7 @@ def varlen_attention(
         [B, N, H, D]; padding is zero.
     """
     head_dim, v_head_dim = q_BHND.shape[-1], v_BKND.shape[-1]
-    # One head size for all; zeros change neither scores nor the columns kept (MLA).
-    if v_head_dim < head_dim:
-        v_BKND = functional.pad(v_BKND, (0, head_dim - v_head_dim))
-    elif v_head_dim > head_dim:
-        padding = (0, v_head_dim - head_dim)
-        q_BHND, k_BKND = functional.pad(q_BHND, padding), functional.pad(k_BKND, padding)
+    q_BHND, k_BKND, v_BKND = of_one_size(q_BHND, k_BKND, v_BKND)
     scaled = call.with_scale(head_dim)
     pieces, of_queries = call.pieces, call.documents
     if pieces:
