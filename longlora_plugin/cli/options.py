@@ -14,7 +14,10 @@ Command = Callable[..., Any]
 
 
 class Listed(click.ParamType):
-    """A list separated by commas."""
+    """A list separated by commas: of words, if nothing else is said."""
+
+    name = "words"
+    example = "words with commas"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -26,8 +29,6 @@ class Listed(click.ParamType):
         except ValueError:
             self.fail(f"{value!r}: write {self.example}")
         return found or self.fail(f"{value!r} names nothing: write {self.example}")
-
-    example = "words with commas"
 
     def one(self, text: str) -> Any:
         return text
@@ -51,12 +52,6 @@ class Depths(Listed):
 
     def one(self, text: str) -> Any:
         return text if text == "random" else float(text)
-
-
-class Words(Listed):
-    """Words."""
-
-    name = "words"
 
 
 def options_of(kind: type) -> Callable[[Command], Command]:
@@ -127,7 +122,7 @@ def _click_type(hint: Any, facts: Mapping[str, Any]) -> Any:
         return click.Choice(get_args(hint))
     if get_origin(hint) is tuple:
         of = get_args(hint)[0]
-        return Integers() if of is int else Words() if of is str else Depths()
+        return Integers() if of is int else Listed() if of is str else Depths()
     if hint in (int, float) and {"min", "max", "below"} & facts.keys():
         limits = click.IntRange if hint is int else click.FloatRange
         top = facts.get("below", facts.get("max"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longlora_plugin.run.document_lengths import DocumentLengths, lengths_in
-from longlora_plugin.run.recipe import AXOLOTL_SEQUENCE_LEN
+from longlora_plugin.run.recipe import sequence_len_of
 
 ROWS = 200_000
 """Rows of each dataset that are read."""
@@ -51,12 +51,8 @@ def document_lengths(
         sources.append(str(entry["path"]))
     if not sources:
         return _prepared(raw, base_context)
-    measured = DocumentLengths.of(lengths, base_context, _sequence_len(raw))
+    measured = DocumentLengths.of(lengths, base_context, sequence_len_of(raw))
     return measured, f"{', '.join(sources)}, by their text"
-
-
-def _sequence_len(raw: Mapping[str, Any]) -> int:
-    return int(raw.get("sequence_len") or AXOLOTL_SEQUENCE_LEN)
 
 
 def _local_files(entry: Mapping[str, Any]) -> list[Path]:
@@ -96,7 +92,7 @@ def _lengths_of_files(
         )
     except Exception:
         return None  # no tokenizer here, or no file that this can read: Axolotl will say it
-    kind, target = entry.get("type"), _sequence_len(raw)
+    kind, target = entry.get("type"), sequence_len_of(raw)
     if kind == "completion" or (isinstance(kind, Mapping) and kind.get("type") == "completion"):
         return [part for length in lengths for part in _split(length, target)]
     if raw.get("excess_length_strategy") == "truncate":
@@ -157,4 +153,4 @@ def _prepared(raw: Mapping[str, Any], base_context: int) -> tuple[DocumentLength
     lengths = lengths_in(datasets.load_from_disk(str(sets[-1].parent)))
     if lengths is None:
         return None
-    return DocumentLengths.of(lengths, base_context, _sequence_len(raw)), str(sets[-1].parent)
+    return DocumentLengths.of(lengths, base_context, sequence_len_of(raw)), str(sets[-1].parent)
