@@ -84,8 +84,10 @@ class Rate:
     share_from: str = "assumed"
 
 
-def flops_share_of(gpu: str) -> tuple[float, str]:
-    """The share to plan with on this GPU, and whether it is `measured` or `assumed`."""
+def flops_share_of(gpu: str, given: float | None) -> tuple[float, str]:
+    """The share to plan with on this GPU, and whether it is `given`, `measured` or `assumed`."""
+    if given is not None:
+        return given, "given"
     measured = json.loads(MEASURED.read_text(encoding="utf-8"))
     return (measured[gpu], "measured") if gpu in measured else (FLOPS_SHARE, "assumed")
 

@@ -299,9 +299,7 @@ def plan_run(
     shifted = uses_shifted_attention(recipe)
     cost = None
     if card and card.tflops:
-        reached, origin = (
-            flops_share_of(card.name) if flops_share is None else (flops_share, "given")
-        )
+        reached, origin = flops_share_of(card.name, flops_share)
         cost = cost_of(
             run.steps,
             Rate(run.training.gpus, card.tflops, reached, price_per_gpu_hour, origin),

@@ -144,17 +144,14 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
     with checks.told_in(problems):
         sequence_len = sequence_len_of(recipe)
     group_size: int | None = None
-    rope: RopeSettings | None = None
     rope_before = {} if base_config is None else rope_parameters_of(base_config)
-    overrides: dict[str, Any] = {}
-    if sequence_len:
-        if asked:
+    rope, overrides, wrong = _rope(recipe, block, base_config, sequence_len)
+    if asked:
+        if sequence_len:
             problems += checks.problems_of(recipe, block, base_config, sequence_len)
-        rope, overrides, wrong = _rope(recipe, block, base_config, sequence_len)
-        problems += wrong if asked else []
-    if sequence_len and block.shifted_attention:
-        with suppress(ValueError):  # one of the problems
-            group_size = block.group_size_for(sequence_len)
+        problems += wrong
+    with suppress(ValueError):  # one of the problems
+        group_size = block.group_size_for(sequence_len) if block.shifted_attention else None
     updates, warnings = _updates(recipe, block, problems) if asked else ({}, [])
     processes = 1
     if asked:
@@ -164,8 +161,7 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
     if group_size:
         about = context_parallel.group_warning(group_size, sequence_len, processes)
         warnings += [about] if about else []
-    if group_size and block.full_attention_steps and recipe.get("precompute_ref_log_probs"):
-        block = _without_full_steps(recipe, block, warnings)
+        block = _with_full_steps(recipe, block, warnings)
     if overrides and asked and "overrides_of_model_config" in recipe:
         updates |= model_config_keys(recipe, {})  # an empty model_config would win
     if rope is not None and rope.extended:
@@ -173,11 +169,10 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
         overrides |= rope.config_fields
     elif rope is not None and block.rope_preset != "none":
         warnings.insert(0, _not_extended(recipe, sequence_len, rope, group_size))
-    adapter = recipe.get("adapter")
     return PreparedRun(
         recipe=copy.deepcopy(dict(recipe)),
         base_model=recipe.get("base_model"),
-        adapter=adapter,
+        adapter=recipe.get("adapter"),
         block=block,
         pretrained_context=rope.pretrained_context if rope else None,
         base_context=rope.base_context if rope else None,
@@ -186,7 +181,7 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
         rope=rope,
         group_size=group_size,
         context_parallel=processes,
-        trainable=tuple(block.trainable) if adapter == "longlora" else (),
+        trainable=tuple(block.trainable) if recipe.get("adapter") == "longlora" else (),
         model_config=overrides,
         updates=updates,
         problems=tuple(dict.fromkeys(problems)),
@@ -194,11 +189,12 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
     )
 
 
-def _without_full_steps(
+def _with_full_steps(
     recipe: Mapping[str, Any], block: LongLoRAConfig, warnings: list[str]
 ) -> LongLoRAConfig:
-    """The block for a run whose references are precomputed, where Axolotl does that."""
-    if recipe.get("rl") not in PRECOMPUTES:
+    """The block with the full steps that the run can have."""
+    precomputes = recipe.get("precompute_ref_log_probs") and recipe.get("rl") in PRECOMPUTES
+    if not precomputes or not block.full_attention_steps:
         return block
     warnings.append(
         "precompute_ref_log_probs: the reference is computed once, with the attention of the "
@@ -217,7 +213,7 @@ def _rope(
     rope = None
     with checks.told_in(problems):
         own = model_config_of(recipe)
-        if base_config is not None:
+        if base_config is not None and sequence_len:
             config = copy.deepcopy(base_config)
             _override(config, {key: own[key] for key in own if key not in ROPE_KEYS})
             rope = resolve_rope(
