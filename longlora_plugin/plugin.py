@@ -24,7 +24,12 @@ from longlora_plugin.host.compat import (
     uses_deepspeed,
     uses_fsdp,
 )
-from longlora_plugin.host.context_parallel import check_padding, group_of_rows, weigh_targets
+from longlora_plugin.host.context_parallel import (
+    check_padding,
+    group_of_rows,
+    train_under_deepspeed,
+    weigh_targets,
+)
 from longlora_plugin.host.preference import (
     has_adapter,
     precompute_references,
@@ -237,20 +242,23 @@ class LongLoRAPlugin(BasePlugin):
     def _share_rows(self, cfg: Any, run: PreparedRun, trainer: Any) -> list[Any]:
         from longlora_plugin.attention.sharing import ShareRows
 
-        if uses_deepspeed(cfg):
+        deepspeed = uses_deepspeed(cfg)
+        if deepspeed and not cfg.deepspeed:
             raise RecipeError(
-                "context parallelism does not work with DeepSpeed, with which this run was "
-                "launched; launch it without, with fsdp_version: 2 and fsdp_config"
+                "context parallelism: Axolotl has not been told of DeepSpeed, with which this run "
+                "was launched; write deepspeed: and its file into the recipe as well"
             )
         rows = 1 if cfg.sample_packing else cfg.micro_batch_size
         check_padding(trainer.processing_class, rows)
+        if deepspeed:
+            self._undo.append(train_under_deepspeed(trainer, run.context_parallel))
         model = trainer.model
 
         def group() -> Any:
             # Behind Axolotl's own hooks, which are there once training begins.
             if splits_with_ring_flash_attn():
                 self._undo.append(weigh_targets(model, run.context_parallel))
-            return group_of_rows()
+            return group_of_rows(deepspeed=deepspeed)
 
         return [ShareRows(self._handles, run.context_parallel, group, _tell)]
 

@@ -1,7 +1,7 @@
-"""Which processes share a row, and, in Axolotl 0.19, their loss.
+"""Which processes share a row, and what is wrong with their training without LongLoRA, too.
 
 0.19 cuts rows in a forward hook of the trainer's model, later versions in the collator or in a hook
-of ringmaster; all keep the group in the same place.
+of ringmaster, and 0.21 under DeepSpeed in the data loader.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ from longlora_plugin.host.compat import RecipeError
 IGNORED = -100
 
 
-def group_of_rows() -> Any:
+def group_of_rows(*, deepspeed: bool) -> Any:
     """The process group of this process's rows; known once training begins."""
+    if deepspeed:
+        from deepspeed.utils import groups
+
+        return groups._get_sequence_parallel_group()
     from axolotl.monkeypatch.ring_attn import get_ring_attn_group
 
     return get_ring_attn_group()
@@ -96,3 +100,47 @@ def weigh_targets(model: torch.nn.Module, processes: int) -> Callable[[], None]:
             hook.remove()
 
     return remove
+
+
+def train_under_deepspeed(trainer: Any, processes: int) -> Callable[[], None]:
+    """Make DeepSpeed's gradients of shared rows those of whole rows, and let runs go on.
+
+    Axolotl divides the loss by the processes that share a row, since ZeRO-1 and 2 sum their
+    gradients; ZeRO-3's reduce-scatter averages them (DeepSpeed 0.18.6 to 0.19.8). And transformers
+    resumes by the sampler of a data loader, which DeepSpeed's does not have.
+
+    Args:
+        trainer: Axolotl's.
+        processes: that share a row.
+
+    Returns:
+        Function that undoes both.
+    """
+    import transformers.trainer
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as ZeRO3
+
+    accelerator, skip = trainer.accelerator, transformers.trainer.skip_first_batches
+    backward = accelerator.backward
+    reduce_scatter = ZeRO3._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads
+    averages = "sequence_parallel_size" not in inspect.getsource(reduce_scatter)
+
+    def scaled_backward(loss: torch.Tensor, **options: Any) -> None:
+        backward(loss * processes, **options)
+
+    def skip_first_batches(rows: Any, count: int = 0) -> Any:
+        if not isinstance(rows, UlyssesSPDataLoaderAdapter):
+            return skip(rows, count)
+        for _ in range(count):
+            next(rows)
+        return rows
+
+    if accelerator.state.deepspeed_plugin.zero_stage == 3 and averages:
+        accelerator.backward = scaled_backward
+    transformers.trainer.skip_first_batches = skip_first_batches
+
+    def undo() -> None:
+        vars(accelerator).pop("backward", None)
+        transformers.trainer.skip_first_batches = skip
+
+    return undo

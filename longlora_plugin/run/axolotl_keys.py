@@ -7,7 +7,10 @@ named `lora` and `qlora` only, and RoPE must be in the config before the model i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from longlora_plugin.checkpoints.files import read_json
 
 LORA_DEFAULTS = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 """The paper's (section 4.1), each used where the recipe sets nothing."""
@@ -120,3 +123,18 @@ def attention_implementation(recipe: Mapping[str, Any]) -> str:
             (full for flag, full in LEGACY_ATTENTION_FLAGS.items() if recipe.get(flag)), "sdpa"
         )
     return ATTENTION_ALIASES.get(name, name)
+
+
+def deepspeed_settings(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the file that `deepspeed` names says; nothing where it names none: Axolotl reports it.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    path = Path(str(recipe.get("deepspeed") or ""))
+    if not path.is_file():
+        return {}
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"deepspeed: {error}") from None

@@ -13,12 +13,13 @@ from typing import Any
 
 from longlora_plugin.args import LongLoRAConfig, parse_block
 from longlora_plugin.attention.names import kernel_kind
-from longlora_plugin.checkpoints.files import is_adapter, read_json
+from longlora_plugin.checkpoints.files import is_adapter
 from longlora_plugin.registry import find
 from longlora_plugin.rope import RopeSettings
 from longlora_plugin.run.axolotl_keys import (
     ROPE_KEYS,
     attention_implementation,
+    deepspeed_settings,
     model_config_of,
     value_of,
 )
@@ -126,13 +127,7 @@ def check_rope_can_be_written(
 
 
 def _check_zero3(recipe: Mapping[str, Any]) -> None:
-    path = recipe.get("deepspeed")
-    if not path or not Path(str(path)).is_file():
-        return  # given in another way, or Axolotl's to report
-    try:
-        settings = read_json(Path(str(path)))
-    except ValueError as error:
-        raise ValueError(f"deepspeed: {error}") from None
+    path, settings = recipe.get("deepspeed"), deepspeed_settings(recipe)
     zero, bf16 = settings.get("zero_optimization"), settings.get("bf16")
     if not isinstance(zero, Mapping) or zero.get("stage") != 3:
         return

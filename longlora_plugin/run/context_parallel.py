@@ -19,6 +19,7 @@ from longlora_plugin.attention.layout import (
     group_sizes_that_divide,
     halo_tokens,
 )
+from longlora_plugin.run.axolotl_keys import attention_implementation, deepspeed_settings
 
 FLAT = ("context_parallel_size", "sequence_parallel_degree")
 BLOCK = "context_parallel"
@@ -55,7 +56,7 @@ def splits_with_ring_flash_attn() -> bool:
 
 
 def package_that_cuts_rows() -> str:
-    """What Axolotl cuts rows with."""
+    """What Axolotl cuts rows with, but for DeepSpeed."""
     return "ring_flash_attn" if splits_with_ring_flash_attn() else "ringmaster"
 
 
@@ -74,10 +75,7 @@ def problems_of(
     said = f"{key}: {size} does not work with"
     version = importlib.metadata.version("axolotl")
     if recipe.get("deepspeed"):
-        yield (
-            f"{said} deepspeed in Axolotl {version}: {_why_not_deepspeed(Version(version))}; write "
-            "fsdp_version: 2 and fsdp_config instead of deepspeed"
-        )
+        yield from (f"{said} {problem}" for problem in _problems_of_deepspeed(recipe, version))
     if splits_with_ring_flash_attn():
         if list(given) == [f"{BLOCK}.size"]:
             instead = f"write context_parallel_size: {size}"
@@ -112,15 +110,30 @@ def problems_of(
         )
 
 
-def _why_not_deepspeed(version: Version) -> str:
-    if version < Version("0.20.dev0"):
-        return "each process would cut another row"
-    if version < Version("0.21.dev0"):
-        return "rows of all processes but one would be dropped"
-    return (
-        "its full attention over packed rows under ZeRO-2, and any step under ZeRO-3, did not "
-        "equal one process"
-    )
+def _problems_of_deepspeed(recipe: Mapping[str, Any], version: str) -> Iterator[str]:
+    instead = "fsdp_version: 2 and fsdp_config instead of deepspeed"
+    if Version(version) < Version("0.21.dev0"):
+        old = Version(version) < Version("0.20.dev0")
+        why = (
+            "each process would cut another row"
+            if old
+            else "rows of all processes but one would be dropped"
+        )
+        yield f"deepspeed in Axolotl {version}: {why}; write {instead}"
+        return
+    implementation = attention_implementation(recipe)
+    if recipe.get("sample_packing") and "flash" not in implementation:
+        yield (
+            f"deepspeed, sample_packing and attn_implementation: {implementation}: evaluation and "
+            "steps with full attention would go across documents, of which DeepSpeed tells "
+            f"FlashAttention alone; write attn_implementation: flash_attention_2, or {instead}"
+        )
+    zero = deepspeed_settings(recipe).get("zero_optimization")
+    if isinstance(zero, Mapping) and zero.get("stage") == 3 and zero.get("reduce_scatter") is False:
+        yield (
+            f'"reduce_scatter": false under ZeRO-3 in {recipe["deepspeed"]}: DeepSpeed would sum '
+            "the gradients of small tensors and average those of large ones; remove that line"
+        )
 
 
 def updates_of(recipe: Mapping[str, Any]) -> dict[str, Any]:

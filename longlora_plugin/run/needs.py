@@ -49,7 +49,9 @@ def needs_of(recipe: Mapping[str, Any]) -> Iterator[Need]:
         yield Need("fsdp", "fsdp_config", "or remove it")
     for key, size in spellings_of(recipe).items():
         if str(size) != "1":
-            names = ["context_parallel", package_that_cuts_rows()]
+            names = ["context_parallel"]
+            if not recipe.get("deepspeed"):
+                names.append(package_that_cuts_rows())
             yield from (Need(name, f"{key}: {size}", f"or remove {key}") for name in names)
 
 

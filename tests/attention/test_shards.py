@@ -20,13 +20,13 @@ from longlora_plugin.attention.shards import Transfer, transfers
 
 EXACT = 1e-12
 FIRST, CASES = (
-    int(os.environ.get(f"LONGLORA_SHARD_{x}", n)) for x, n in (("SEED", 0), ("CASES", 120))
+    int(os.environ.get(f"LONGLORA_SHARD_{x}", n)) for x, n in (("SEED", 0), ("CASES", 500))
 )
 
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Processes]:
-    started = Processes(4)
+    started = Processes(4, sharded_models.__name__)
     yield started
     started.stop()
 

@@ -110,3 +110,13 @@ def test_several_rows_padded_on_the_left_are_refused():
         check_padding(left, 2)
     check_padding(left, 1)
     check_padding(SimpleNamespace(padding_side="right"), 2)
+
+
+def test_a_launch_with_deepspeed_that_the_recipe_does_not_name_is_refused(monkeypatch):
+    from longlora_plugin.plugin import LongLoRAPlugin
+
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(RecipeError, match="write deepspeed: and its file into the recipe"):
+        LongLoRAPlugin()._share_rows(
+            SimpleNamespace(deepspeed=None, get=lambda _: None), None, None
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from typing import Any
 
 import pytest
@@ -64,9 +65,9 @@ def test_shared_rows_are_planned_told_and_left_in_contiguous_parts(key, version,
         ("0.20.0", {"deepspeed": "z.json"}, {}, ["deepspeed in Axolotl 0.20.0", "dropped"]),
         (
             "0.21.0",
-            {"deepspeed": "z.json"},
+            {"deepspeed": "z.json", "sample_packing": True},
             {},
-            ["Axolotl 0.21.0", "did not equal one process", "fsdp"],
+            ["attn_implementation: sdpa", "across documents", "flash_attention_2", "fsdp"],
         ),
         ("0.19.0", {"cut_cross_entropy": True}, {}, ["cut_cross_entropy", "chunked_cross_"]),
         ("0.21.0", {"longlora": {**OURS, "rope": "dynamic"}}, {}, ["type dynamic", "yarn"]),
@@ -104,17 +105,40 @@ def test_what_does_not_work_with_shared_rows_is_refused_by_name(
     assert alone.problems == () or "_parallel_size" in says[0]
 
 
-def test_zigzag_is_refused_and_auto_is_written_as_none(monkeypatch):
+@spelled
+def test_zigzag_is_refused_and_auto_is_written_as_none(key, monkeypatch):
     def of(**block: Any) -> PreparedRun:
-        return prepared(monkeypatch, "0.21.0", {"context_parallel": {"size": 2, **block}})
+        nested = {**SPELLINGS[key].get("context_parallel", {}), **block}
+        return prepared(
+            monkeypatch,
+            "0.21.0",
+            {**SPELLINGS[key], **({"context_parallel": nested} if block else {})},
+        )
 
     (problem,) = of(load_balance="head_tail").problems
     assert "load_balance: head_tail" in problem
     assert "load_balance: none" in problem
     for given in ({}, {"load_balance": "auto"}):
         written = of(backend="ring", **given).updates["context_parallel"]
-        assert written == {"size": 2, "backend": "ring", "load_balance": "none"}
+        assert written == {"size": 4, "backend": "ring", "load_balance": "none"}
     assert "context_parallel" not in of(load_balance="distflash").updates
+
+
+@spelled
+def test_deepspeed_in_0_21_trains_but_where_its_gradients_or_documents_are_wrong(
+    key, monkeypatch, tmp_path
+):
+    def of(zero: dict[str, Any], **changes: Any) -> tuple[str, ...]:
+        file = tmp_path / "zero.json"
+        file.write_text(json.dumps({"zero_optimization": zero}))
+        keys = {**SPELLINGS[key], "deepspeed": str(file), **changes}
+        return prepared(monkeypatch, "0.21.0", keys).problems
+
+    packed = {"sample_packing": True, "flash_attention": True}
+    assert of({"stage": 2, "reduce_scatter": False}) == of({"stage": 3}, **packed) == ()
+    (problem,) = of({"stage": 3, "reduce_scatter": False})
+    assert problem.startswith(f'{key}: 4 does not work with "reduce_scatter": false under ZeRO-3')
+    assert "remove that line" in problem
 
 
 @spelled
@@ -122,6 +146,9 @@ def test_doctor_is_asked_for_an_exchange_and_the_package_that_cuts_rows(key, mon
     prepared(monkeypatch, "0.21.0", {})
     needs = {need.name: need.key for need in needs_of(SPELLINGS[key])}
     assert needs["context_parallel"] == needs["ringmaster"] == f"{key}: 4"
+    asked = {need.name for need in needs_of({**SPELLINGS[key], "deepspeed": "z.json"})}
+    assert {"context_parallel", "deepspeed"} <= asked
+    assert "ringmaster" not in asked
     prepared(monkeypatch, "0.19.0", {})
     assert "ring_flash_attn" in {need.name for need in needs_of(SPELLINGS[key])}
 

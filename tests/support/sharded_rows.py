@@ -249,23 +249,51 @@ def halo_elements(case: Case, rank: int) -> int:
     return total
 
 
-def compare(group: dist.ProcessGroup, case: Case, seed: int, errors: dict[str, float]) -> Traffic:
-    """Outputs and gradients of this process's shard against one process; the worst in `errors`."""
-    rank = dist.get_rank(group)
-    first, end = sum(case.lengths[:rank]), sum(case.lengths[: rank + 1])
-    positions, mask = positions_of(case)
-    batch, total = positions.shape
+@dataclass(frozen=True)
+class Expected:
+    """What a case comes to in one process.
+
+    Attributes:
+        output: [B, N, H, D] of whole rows.
+        gradients: of the whole query, key and value, [B, heads, N, D].
+        halos: of each process, numbers that it needs of others.
+    """
+
+    output: torch.Tensor
+    gradients: list[torch.Tensor]
+    halos: list[int]
+
+
+def drawn(case: Case, seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Whole query, key and value, [B, heads, N, D], and the output's gradient [B, N, H, D]."""
     draw = torch.Generator().manual_seed(seed)
-    key_dim, value_dim = case.head_dims
+    batch, total, (key_dim, value_dim) = len(case.documents), sum(case.lengths), case.head_dims
     shapes = [(case.heads, key_dim), (case.kv_heads, key_dim), (case.kv_heads, value_dim)]
     whole = [
         torch.randn(batch, h, total, d, generator=draw, dtype=torch.float64) for h, d in shapes
     ]
-    weights = torch.randn(batch, total, case.heads, value_dim, generator=draw, dtype=torch.float64)
-    wanted = one_process(case, [x.requires_grad_() for x in whole], mask)
-    (wanted * weights).sum().backward()
+    return whole, torch.randn(
+        batch, total, case.heads, value_dim, generator=draw, dtype=torch.float64
+    )
 
-    shard = [x.detach()[:, :, first:end].clone().requires_grad_() for x in whole]
+
+def expected(case: Case, seed: int) -> Expected:
+    whole, weights = drawn(case, seed)
+    out = one_process(case, [x.requires_grad_() for x in whole], positions_of(case)[1])
+    (out * weights).sum().backward()
+    halos = [halo_elements(case, rank) for rank in range(len(case.lengths))]
+    return Expected(out.detach(), [x.grad for x in whole], halos)
+
+
+def compare(
+    group: dist.ProcessGroup, case: Case, seed: int, wanted: Expected, errors: dict[str, float]
+) -> Traffic:
+    """Outputs and gradients of this process's shard against one process; the worst in `errors`."""
+    rank = dist.get_rank(group)
+    first, end = sum(case.lengths[:rank]), sum(case.lengths[: rank + 1])
+    positions, mask = positions_of(case)
+    whole, weights = drawn(case, seed)
+    shard = [x[:, :, first:end].clone().requires_grad_() for x in whole]
     shards = Shards(group)
     is_padded = bool((mask == 0).any())
     call = AttentionCall(
@@ -278,17 +306,17 @@ def compare(group: dist.ProcessGroup, case: Case, seed: int, errors: dict[str, f
         row = shards.gather(
             positions[:, first:end],
             mask[:, first:end] if is_padded else None,
-            batch=batch,
+            batch=len(case.documents),
             length=end - first,
             device=torch.device("cpu"),
         )
         out = sharded_attention(attend, *shard, call, row, group)
     if seed % 4 == 0:
-        needed = [halo_elements(case, each) for each in range(len(case.lengths))]
+        needed = max(wanted.halos)
         told = exchange_of(row, shard[1], shard[2], call)
-        assert told.received == max(needed) * shard[1].element_size()
+        assert told.received == needed * shard[1].element_size()
         assert (told.processes, told.tokens) == (len(case.lengths), max(case.lengths))
-        assert bool(told.halo) == bool(told.hops) == bool(max(needed))
+        assert bool(told.halo) == bool(told.hops) == bool(needed)
     with counted() as backward:
         (out * weights[:, first:end]).sum().backward()
     assert backward.exchanges == traffic.exchanges
@@ -299,39 +327,60 @@ def compare(group: dist.ProcessGroup, case: Case, seed: int, errors: dict[str, f
         worst = (found - expected).abs().max().item() if found.numel() else 0.0
         errors[name] = max(errors.get(name, 0.0), worst)
 
-    note("output", out.detach(), wanted.detach()[:, first:end])
-    for name, mine, x in zip(("query", "key", "value"), shard, whole, strict=True):
-        gradient = torch.zeros_like(x) if x.grad is None else x.grad
+    note("output", out.detach(), wanted.output[:, first:end])
+    for name, mine, gradient in zip(
+        ("query", "key", "value"), shard, wanted.gradients, strict=True
+    ):
         note(name, mine.grad, gradient[:, :, first:end])
     return traffic
 
 
+def shared_out(group: dist.ProcessGroup, cases: dict[int, Case]) -> dict[int, Expected]:
+    """`expected` of each seed's case, every process computing its part of them."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    mine = {seed: expected(cases[seed], seed) for seed in list(cases)[rank::size]}
+    parts: list[Any] = [None] * size
+    dist.all_gather_object(parts, mine, group=group)
+    return {seed: each for part in parts for seed, each in part.items()}
+
+
 def random_rows(group: dist.ProcessGroup, seeds: range) -> tuple[dict[str, float], Counter[str]]:
     """Compare many cases, and the elements that crossed; → worst errors, how many of each kind."""
-    processes, rank = dist.get_world_size(group), dist.get_rank(group)
     errors: dict[str, float] = {}
     kinds: Counter[str] = Counter()
-    for seed in seeds:
-        case = random_case(seed, processes)
-        try:
-            traffic = compare(group, case, seed, errors)
-        except Exception as error:
-            raise AssertionError(f"seed {seed}, {case}: {error!r}") from error
-        needed = [halo_elements(case, each) for each in range(processes)]
-        assert traffic.received == needed[rank], (seed, case, traffic, needed)
-        assert traffic.exchanges == (1 if any(needed) else 0), (seed, case, traffic, needed)
-        kinds["cases"] += 1
-        kinds[case.backend] += 1
-        kinds["nothing crosses"] += not any(needed)
-        kinds["an empty shard"] += 0 in case.lengths
-        kinds["uneven"] += len(set(case.lengths)) > 1
-        kinds["a group above the shard"] += case.group_size > max(case.lengths)
-        kinds["packed"] += any(len(each) > 1 for each in case.documents)
-        kinds["one KV head"] += case.kv_heads == 1
-        kinds["several rows"] += len(case.documents) > 1
-        kinds["padded"] += any(sum(each) < sum(case.lengths) for each in case.documents)
-        kinds["a halo over several shards"] += traffic.sources > 1
-        kinds["short documents"] += any(
-            length <= case.full_attention_below for each in case.documents for length in each
-        )
+    for first in range(0, len(seeds), 50):
+        cases = {
+            seed: random_case(seed, dist.get_world_size(group))
+            for seed in seeds[first : first + 50]
+        }
+        wanted = shared_out(group, cases)
+        for seed, case in cases.items():
+            try:
+                traffic = compare(group, case, seed, wanted[seed], errors)
+            except Exception as error:
+                raise AssertionError(f"seed {seed}, {case}: {error!r}") from error
+            needed = wanted[seed].halos
+            assert traffic.received == needed[dist.get_rank(group)], (seed, case, traffic, needed)
+            assert traffic.exchanges == (1 if any(needed) else 0), (seed, case, traffic, needed)
+            kinds.update(kinds_of(case, traffic, any(needed)))
     return errors, kinds
+
+
+def kinds_of(case: Case, traffic: Traffic, crosses: bool) -> dict[str, int]:
+    documents = case.documents
+    return {
+        "cases": 1,
+        case.backend: 1,
+        "nothing crosses": not crosses,
+        "an empty shard": 0 in case.lengths,
+        "uneven": len(set(case.lengths)) > 1,
+        "a group above the shard": case.group_size > max(case.lengths),
+        "packed": any(len(each) > 1 for each in documents),
+        "one KV head": case.kv_heads == 1,
+        "several rows": len(documents) > 1,
+        "padded": any(sum(each) < sum(case.lengths) for each in documents),
+        "a halo over several shards": traffic.sources > 1,
+        "short documents": any(
+            length <= case.full_attention_below for each in documents for length in each
+        ),
+    }
