@@ -76,38 +76,28 @@ def cycle(graph: Graph) -> list[str]:
     return next((found for name in sorted(graph) if (found := visit(name, []))), [])
 
 
-def essential(graph: Graph) -> Graph:
-    """The arrows that no longer way of other arrows already says."""
+def layers(graph: Graph) -> list[list[str]]:
+    """Nodes by the longest way of arrows that begins at them, the longest first."""
 
-    def reaches(start: str) -> set[str]:
-        found: set[str] = set()
-        todo = list(graph.get(start, ()))
-        while todo:
-            name = todo.pop()
-            if name not in found:
-                found.add(name)
-                todo += graph.get(name, ())
-        return found
+    def height(name: str) -> int:
+        return max((1 + height(end) for end in graph.get(name, ())), default=0)
 
-    return {
-        start: {end for end in ends if not any(end in reaches(other) for other in ends - {end})}
-        for start, ends in graph.items()
-    }
+    by_height: dict[int, list[str]] = {}
+    for name in graph:
+        by_height.setdefault(height(name), []).append(name)
+    return [by_height[each] for each in sorted(by_height, reverse=True)]
 
 
 def page(text: str) -> str:
     """The architecture page `text` with its picture and table drawn anew."""
     graph = arrows(module_imports())
     del graph[PACKAGE.name]
-    lines = [
-        f"    {start} --> {end}" for start, ends in essential(graph).items() for end in sorted(ends)
-    ]
     rows = [
         f"| `{name}` | {_idea(name)} | {', '.join(f'`{end}`' for end in sorted(ends)) or '–'} |"
         for name, ends in graph.items()
     ]
     drawn = {
-        "picture": ["```mermaid", "flowchart TD", *lines, "```"],
+        "picture": ["```text", *("   ".join(line) for line in layers(graph)), "```"],
         "table": ["| part | what it is | imports |", "|---|---|---|", *rows],
     }
     for name, content in drawn.items():

@@ -10,7 +10,7 @@ import inspect
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import architecture
 import click
@@ -100,6 +100,8 @@ def _lora_defaults() -> str:
 
 
 def _type(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{value}`" for value in get_args(annotation))
     text = str(annotation) if not inspect.isclass(annotation) else annotation.__name__
     for long, short in (
         ("typing.", ""),

@@ -72,6 +72,6 @@ def table(command: str) -> str:
 def _table(path: str) -> str:
     lines = ["| key | type | meaning |", "|---|---|---|"]
     for name, (kind, meaning) in keys_of(path).items():
-        cells = (f"`{name}`", f"`{kind}`".replace("|", "\\|"), meaning.replace("|", "\\|"))
+        cells = (f"`{name}`", f"`{kind}`".replace(" | ", " or "), meaning.replace("|", "\\|"))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -75,11 +75,10 @@ class LongLoRAPlugin(BasePlugin):
                 # What training started from says nothing of what it ended with.
                 recipe.update(dict.fromkeys(STARTS))
             run = prepare_run(recipe, base_config_of(recipe)).checked()
-            warnings: Iterable[str] = run.warnings
             if merging:
-                warnings = _check_merge(cfg, run) if cfg.get("merge_lora") else ()
+                warnings = _check_merge(cfg, run) if cfg.get("merge_lora") else []
             else:
-                check_start(run)
+                warnings = [*run.warnings, *check_start(run)]
             if run.block.held_out and not (merging or cfg.get("inference")):
                 from longlora_plugin.evaluation.data import check_held_out_of
 

@@ -182,6 +182,8 @@ def describe(folder: Path) -> Saved:
     Raises:
         ValueError: it holds neither an adapter nor a model, or its config.json is missing.
     """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; give what training or merging wrote")
     config_file = folder / "config.json"
     adapter_file = folder / "adapter_config.json"
     if not config_file.is_file():
@@ -203,7 +205,7 @@ def describe(folder: Path) -> Saved:
         trains_more=bool(adapter.get("modules_to_save")),
         model_type=str(text.get("model_type") or ""),
         rope_type=str(rope.get("rope_type") or rope.get("type") or "default"),
-        context=manifest.target_context if manifest else int(text["max_position_embeddings"]),
+        context=manifest.target_context if manifest else _maximum_of(text, config_file),
         rope_fields={key: text[key] for key in ROPE_KEYS if key in text},
         has_old="rope_theta" in text or "rope_scaling" in text,
         has_new="rope_parameters" in text,
@@ -211,6 +213,16 @@ def describe(folder: Path) -> Saved:
         if tokenizer.is_file()
         else None,
     )
+
+
+def _maximum_of(text: Mapping[str, Any], path: Path) -> int:
+    maximum = text.get("max_position_embeddings")
+    if type(maximum) is not int or maximum < 1:
+        raise ValueError(
+            f"{path}: got max_position_embeddings: {maximum!r}; write the model's context, a whole "
+            "number of tokens"
+        )
+    return maximum
 
 
 def judge(engine: Engine, saved: Saved) -> EngineRow:

@@ -36,7 +36,7 @@ def command(options: PerplexityOptions, choice: ModelChoice, files: Files, recip
 
     run = Measuring.start(recipe, choice, files)
     options = dataclasses.replace(options, lengths=options.lengths or run.default_lengths())
-    contexts = Contexts(run.base_context, run.recipe.sequence_len)
+    contexts = Contexts(run.base_context, run.target_context)
     corpora = _corpora(run, options)
     experiment = PerplexityByLength(corpora, options, contexts, run.processes, run.out.note)
     rows = run.sweep(experiment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ class Measuring:
     processes: Processes
     out: Output
     card: Path | None
+    target_context: int
 
     @classmethod
     def start(cls, path: Path, choice: ModelChoice, files: Files) -> Measuring:
@@ -63,7 +65,8 @@ class Measuring:
         logging.disable_progress_bar()
         for note in dict.fromkeys(note for source in sources for note in source.notes):
             out.note(note)
-        return cls(recipe, sources, processes, out, card)
+        run = Path(choice.adapter or recipe.output_dir)
+        return cls(recipe, sources, processes, out, card, _target_context(recipe, sources, run))
 
     @cached_property
     def base_context(self) -> int:
@@ -86,10 +89,10 @@ class Measuring:
         return found
 
     def default_lengths(self) -> tuple[int, ...]:
-        """The base model's context, its doublings, and the recipe's sequence_len."""
+        """The base model's context, its doublings, and the length that was trained for."""
         from longlora_plugin.evaluation.windows import default_lengths
 
-        return tuple(default_lengths(self.base_context, self.recipe.sequence_len))
+        return tuple(default_lengths(self.base_context, self.target_context))
 
     def sweep(self, experiment: Experiment) -> list[Row]:
         """All rows of an experiment; with `--json -` they are printed."""
@@ -113,3 +116,19 @@ class Measuring:
             for path in add_results(self.card, trained_rows(rows)):
                 self.out.note(f"results are on the card {path}")
         return rows
+
+
+def _target_context(recipe: Recipe, sources: Sequence[ModelSource], run: Path) -> int:
+    """Tokens that the measured model was trained for; the recipe's where none was trained.
+
+    Args:
+        run: folder that the recipe trains into.
+    """
+    from longlora_plugin.artifacts.manifest import read_manifest
+
+    trained = [source.adapter or Path(source.weights) for source in sources]
+    for folder in (*(path for path in trained if path != Path(recipe.base_model)), run):
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            return manifest.target_context
+    return recipe.sequence_len

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 STANDARD_OUTPUT = "-"
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
 UNLIMITED = 10_000
 """Columns of what is not a terminal: nothing has to fit."""
 SPEED_OVER = 3600.0
@@ -39,6 +40,8 @@ class Output:
         from longlora_plugin.checkpoints.files import check_writable
 
         self.json_path, self.plot, self.quiet = _expanded(json_path), _expanded(plot), quiet
+        if self.plot and Path(self.plot).suffix.lower() not in PICTURES:
+            raise ValueError(f"--plot: got {plot}; write a name that ends in {', '.join(PICTURES)}")
         for path in (self.json_path, self.plot):
             if path and path != STANDARD_OUTPUT and not quiet:
                 check_writable(Path(path))

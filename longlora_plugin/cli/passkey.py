@@ -44,6 +44,6 @@ def command(options: PasskeyOptions, choice: ModelChoice, files: Files, recipe: 
             rows,
             run.out.plot,
             base_context=run.base_context,
-            target_context=run.recipe.sequence_len,
+            target_context=run.target_context,
         )
     run.out.wrote_files()

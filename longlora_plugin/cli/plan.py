@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from longlora_plugin.cli.options import json_option
+from longlora_plugin.cli.options import Finite, json_option
 from longlora_plugin.cli.output import Output
 
 
@@ -23,13 +23,13 @@ from longlora_plugin.cli.output import Output
 )
 @click.option(
     "--flops-share",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Finite(0, 1, min_open=True),
     help="Share of the GPU's peak bf16 rate that training reaches. Default: what `make gpu` "
     "measured on such a GPU, else 0.45.",
 )
 @click.option(
     "--price-per-gpu-hour",
-    type=click.FloatRange(min=0),
+    type=Finite(min=0),
     metavar="MONEY",
     help="Adds what the run costs.",
 )
@@ -58,7 +58,13 @@ def command(
     from longlora_plugin.run.recipe import read_recipe
 
     out = Output(json_path, plot)
-    card = find_gpu(gpu) if gpu else None
+    card = find_gpu(gpu) if gpu is not None else None
+    given = [name for name, value in {"rows": rows, **cost}.items() if value is not None]
+    if given and not (card and card.tflops):
+        out.note(
+            f"--{', --'.join(given).replace('_', '-')}: hours and money are planned for a GPU "
+            "whose speed is known: --gpu NAME, such as a100-80gb"
+        )
     recipe = read_recipe(path)
     if wrong := screen(recipe):
         raise ValueError("\n".join(wrong))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,9 @@ def command(
     known = {engine.name: engine for engine in ENGINES}
     for name in names:
         if name not in known:
-            raise ValueError(f"unknown engine {name!r}; engines: {', '.join(known)}")
+            near = get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"unknown engine {name!r}; {hint}engines: {', '.join(known)}")
     given = dict(_pair(text, known) for text in pythons)
     if given and not try_it:
         raise ValueError("--python is used with --run only; add --run")

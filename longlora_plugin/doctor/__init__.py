@@ -21,6 +21,7 @@ from longlora_plugin.doctor.machine import (
 )
 from longlora_plugin.doctor.needs import judge
 from longlora_plugin.doctor.trials import NOT_TRIED, Trial, trials_for, tried
+from longlora_plugin.run.recipe import read_yaml
 from longlora_plugin.run.summary import Fact
 
 
@@ -62,7 +63,12 @@ def diagnose(
         quick: leave out what starts processes or compiles kernels; the recipe is then not judged
             by those.
         progress: called with the name of each trial before it.
+
+    Raises:
+        ValueError: the recipe cannot be read.
     """
+    if recipe is not None:
+        read_yaml(recipe)  # a wrong path is told before a minute of trials
     device = this_device()
     trials = []
     for name, (attempt, slow) in trials_for(device["kind"]).items():

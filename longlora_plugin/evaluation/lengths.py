@@ -26,7 +26,7 @@ from longlora_plugin.evaluation.windows import bucket_edges_for, sliding_windows
 
 @dataclass(frozen=True)
 class Contexts:
-    """Tokens that the base model handles as it is, and tokens the recipe extends it to."""
+    """Tokens that the base model handles as it is, and tokens it was extended to."""
 
     base: int
     target: int

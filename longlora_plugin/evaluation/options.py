@@ -82,7 +82,7 @@ class PerplexityOptions:
     split: str | None = option(None, "Split of a dataset. Default: test, else validation.")
     lengths: tuple[int, ...] = option(
         (),
-        "Context lengths. Default: the base model's context, its doublings, sequence_len.",
+        "Context lengths. Default: the base's context, its doublings, the length trained for.",
         metavar="512,1024,…",
     )
     stride: int | None = option(
@@ -116,7 +116,7 @@ class PasskeyOptions:
     lengths: tuple[int, ...] = option(
         (),
         "Tokens of prompt and answer at most; missed by less than one filler sentence. Default: "
-        "the base model's context, its doublings, sequence_len.",
+        "the base model's context, its doublings, the length trained for.",
         metavar="512,1024,…",
     )
     depths: tuple[Depth, ...] = option(
@@ -143,8 +143,8 @@ class BenchOptions:
     )
     lengths: tuple[int, ...] = option(
         (),
-        "Context lengths. Default: the base model's context, its doublings, sequence_len. Tasks "
-        "that make no text of their own run once, at the longest.",
+        "Context lengths. Default: the base's context, its doublings, the length trained for. "
+        "Tasks that make no text of their own run once, at the longest.",
         metavar="4096,8192,…",
     )
     limit: int | None = option(None, "Examples of each task and length. Default: all.", min=1)

@@ -48,6 +48,10 @@ GPUS = {
 }
 
 
+MOST = 1024
+"""GiB of the largest GPU; a larger number is the name of one (4090)."""
+
+
 def find_gpu(name: str) -> Gpu:
     """The GPU called `name`; a plain size (`48gb`, `48`) is a GPU of so many GiB.
 
@@ -57,10 +61,11 @@ def find_gpu(name: str) -> Gpu:
     key = name.strip().lower().replace("_", "-").replace(" ", "-")
     if key in GPUS:
         return GPUS[key]
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)(?:gi?b)?", key)
-    if size and float(size[1]) > 0:
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)-?(?:gi?b)?", key)
+    if size and 0 < float(size[1]) <= MOST:
         return Gpu(key, float(size[1]))
-    near = [known for known in GPUS if known.split("-")[0] == key.split("-")[0]]
+    model = key.split("-")[0]
+    near = [known for known in GPUS if model and known.split("-")[0].endswith(model)]
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
         f"--gpu: unknown GPU {name!r}; {hint}valid: {', '.join(GPUS)}, or a size such as 48gb"

@@ -7,6 +7,7 @@ Each part is asked on its own, so that one report holds all that is wrong.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from longlora_plugin.run.base_model import base_config_of
 from longlora_plugin.run.built import built_of, trained_modules
 from longlora_plugin.run.checks import told_in
 from longlora_plugin.run.prepare import PreparedRun, prepare_run
-from longlora_plugin.run.recipe import Recipe, asks_for_longlora, read_yaml
+from longlora_plugin.run.recipe import Recipe, asks_for_longlora, read_yaml, wrong_kinds
 from longlora_plugin.run.summary import Built, Fact, facts
 
 AXOLOTLS_DEFAULTS = "Auto-enabling"
@@ -87,6 +88,7 @@ def check_recipe(
     report.problems += repeated_keys(Path(path))
 
     check_plugin_line(raw, report)
+    report.problems += wrong_names(raw)
     config = _base_config(raw, base_config, report)
     run = report.run = prepare_run(raw, config)
     report.problems += run.problems
@@ -120,8 +122,9 @@ def check_recipe(
 
 
 def _check_data(raw: dict[str, Any], run: PreparedRun, report: Report) -> None:
-    from longlora_plugin.recipes.data_lengths import document_lengths
+    from longlora_plugin.recipes.data_lengths import document_lengths, missing_files
 
+    report.warnings += missing_files(raw)
     if not run.base_context or run.problems:
         return
     found = document_lengths(raw, run.base_context)
@@ -187,6 +190,19 @@ def check_plugin_line(raw: Mapping[str, Any], report: Report) -> None:
         )
 
 
+def wrong_names(raw: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a recipe that asks for LongLoRA by another name."""
+    problems, adapter = [], raw.get("adapter")
+    if adapter != "longlora" and re.sub(r"\W|_", "", str(adapter)).lower() == "longlora":
+        problems.append(f"adapter: got {adapter!r}; write adapter: longlora")
+    if raw.get("s2_attention"):
+        problems.append(
+            "s2_attention: Axolotl has it no more; remove the line: adapter: longlora, or a "
+            "longlora: block, trains with shifted attention"
+        )
+    return problems
+
+
 def _loads_installed_plugins() -> bool:
     from longlora_plugin.host.compat import LOADS_INSTALLED_PLUGINS
 
@@ -194,8 +210,10 @@ def _loads_installed_plugins() -> bool:
 
 
 def _base_config(raw: Mapping[str, Any], stand_in: str | None, report: Report) -> Any:
-    if not raw.get("base_model"):
-        return None  # the schema says so
+    if raw.get("base_model") == "":
+        report.problems.append("base_model: got ''; write a name or a path")
+    if not raw.get("base_model") or wrong_kinds(raw).keys() & {"base_model", "base_model_config"}:
+        return None  # the schema or the run says so
     name = str(raw.get("base_model_config") or raw["base_model"])
     if stand_in:
         raw = {**raw, "base_model_config": stand_in}
@@ -267,14 +285,20 @@ def _check_schema(
 ) -> bool:
     from longlora_plugin.host.schema import check_schema
 
-    lowered = {**raw, **run.updates}
+    wrong = wrong_kinds(raw)  # were reported, and Axolotl's schema crashes on them
+    lowered = {key: value for key, value in raw.items() if key not in wrong} | run.updates
+    if "base_model" in wrong:
+        lowered["base_model"] = str(raw["base_model"])
     named = _plugins(raw)
     if asks_for_longlora(raw):
         lowered["longlora"] = run.block.model_dump(exclude_none=True)
         if not any(name.startswith("longlora_plugin") for name in named):
             lowered["plugins"] = [*named, PLUGIN]
     found = check_schema(lowered, capabilities_of(gpu, gpus))
-    report.problems += found.problems
+    # Axolotl refuses some keys that were refused above, with their remedy.
+    told = [re.escape(text.split(":")[0]) for text in (*run.problems, *wrong_names(raw))]
+    again = re.compile("|".join(rf"`?{key}\b" for key in told) or "(?!)", re.IGNORECASE)
+    report.problems += [text for text in found.problems if not again.match(text)]
     report.notes += [text for text in found.warnings if not text.startswith(AXOLOTLS_DEFAULTS)]
     report.notes += [f"plugins: {each}: its keys are not checked" for each in found.plugins_missing]
     for key, near in found.unknown.items():

@@ -55,6 +55,22 @@ def document_lengths(
     return measured, f"{', '.join(sources)}, by their text"
 
 
+def missing_files(raw: Mapping[str, Any]) -> list[str]:
+    """A line for each data file that a recipe names and that is not here."""
+    missing = []
+    for section in ("datasets", "test_datasets"):
+        rows = raw.get(section)
+        for index, entry in enumerate(rows if isinstance(rows, list) else []):
+            # Files of a dataset of the hub are not looked for.
+            if not isinstance(entry, Mapping) or entry.get("data_files"):
+                continue
+            name = str(entry.get("path"))
+            is_file = Path(name).suffix in READERS or name.startswith((".", "/", "~"))
+            if is_file and not Path(name).expanduser().exists():
+                missing.append(f"{section}.{index}: no file {name} (looked for in {Path.cwd()})")
+    return missing
+
+
 def _local_files(entry: Mapping[str, Any]) -> list[Path]:
     given = entry.get("data_files") or entry.get("path") or ""
     paths = [

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from longlora_plugin.run.recipe import Recipe
+from longlora_plugin.run.axolotl_keys import ATTENTION_ALIASES
+from longlora_plugin.run.recipe import Recipe, is_count, number_meant
 
 BOOLEANS = (
     "load_in_4bit",
@@ -39,41 +40,39 @@ NUMBERS = (
 
 def screen(recipe: Recipe) -> list[str]:
     """What is wrong with the text of a recipe: its plugin line, its keys, the values that cost."""
-    from longlora_plugin.recipes.check import Report, check_plugin_line, repeated_keys
+    from longlora_plugin.recipes.check import Report, check_plugin_line, repeated_keys, wrong_names
 
     report = Report(recipe.path)
     check_plugin_line(recipe.raw, report)
     return [
         *repeated_keys(recipe.path),
         *report.problems,
+        *wrong_names(recipe.raw),
         *_wrong_values(recipe.raw),
         *_unknown_keys(recipe.raw),
     ]
 
 
 def _wrong_values(raw: Mapping[str, Any]) -> Iterator[str]:
+    alias = raw.get("attn_implementation")
+    if isinstance(alias, str) and alias in ATTENTION_ALIASES:
+        name = ATTENTION_ALIASES[alias]
+        yield f"attn_implementation: got {alias!r}; write attn_implementation: {name}"
+    for name in raw.get("plugins") or ():
+        if str(name).startswith("longlora_plugin.") and not str(name).endswith("LongLoRAPlugin"):
+            yield f"plugins: there is no {name}; write longlora_plugin.LongLoRAPlugin"
     for key in BOOLEANS:
         value = raw.get(key)
         if value is not None and not isinstance(value, bool):
             yield f"{key}: got {value!r}; write {key}: true or {key}: false"
     for key in NUMBERS:
         value = raw.get(key)
-        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        if value is None or is_count(value):
             continue
         if key == "max_steps" and value == -1:
             continue  # transformers' word for "as num_epochs says"
-        instead = _whole_number(value)
+        instead = number_meant(value, 32768 if key == "sequence_len" else 1)
         yield f"{key}: got {value!r}; write a whole number, such as {key}: {instead}"
-
-
-def _whole_number(value: Any) -> int:
-    """The number that was probably meant: 32768 for 32k."""
-    text = str(value).strip().lower().replace(",", "").replace("_", "")
-    times = {"k": 1024, "m": 1024**2}.get(text[-1:], 1)
-    try:
-        return max(1, round(float(text.rstrip("km")) * times))
-    except (ValueError, OverflowError):
-        return 32768
 
 
 def _unknown_keys(raw: Mapping[str, Any]) -> Iterator[str]:

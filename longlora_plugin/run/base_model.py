@@ -8,11 +8,15 @@ of the recipe has a part; everything else is transformers' to read.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from longlora_plugin.attention.layer_types import WINDOW_KEYS
+from longlora_plugin.checkpoints.files import read_json
 from longlora_plugin.run.axolotl_keys import ROPE_KEYS, model_config_of, value_of
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -26,6 +30,16 @@ ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 DECIDES_MORE = ("quantization_config", "auto_map", "text_config")
 """Fields of config.json with which the numbers are not the whole truth."""
 
+COUNTS = {
+    "num_hidden_layers": 10_000,  # more are a typing error, and counting each would take hours
+    "num_attention_heads": 100_000,
+    "num_key_value_heads": 100_000,
+    "hidden_size": 10_000_000,
+    "vocab_size": 1_000_000_000,
+}
+"""Sizes of a config.json that are numbers from 1 on → the largest that any model could have."""
+HUB = "https://huggingface.co/"
+
 
 def base_config_of(recipe: Mapping[str, Any]) -> Any:
     """The base model's transformers config, without the recipe's overrides; reads no weights.
@@ -36,16 +50,7 @@ def base_config_of(recipe: Mapping[str, Any]) -> Any:
     import transformers
 
     name = str(recipe.get("base_model_config") or recipe.get("base_model"))
-    if name.startswith("~"):
-        raise ValueError(
-            f"base_model: {name}: Axolotl does not expand ~; write {Path(name).expanduser()}"
-        )
-    if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") > 1):
-        raise ValueError(
-            f"base_model: the folder {name} does not exist (looked for in {Path.cwd()}); write a "
-            "folder that holds the model's config.json, or a name on the Hugging Face hub such as "
-            "org/name"
-        )
+    _check_place(name, recipe)
     options: dict[str, Any] = {"trust_remote_code": recipe.get("trust_remote_code") is True}
     revision = value_of(recipe, "revision_of_model")
     if revision:
@@ -56,12 +61,72 @@ def base_config_of(recipe: Mapping[str, Any]) -> Any:
             f"cls_model_config: transformers has no {recipe['cls_model_config']}; remove it"
         )
     try:
+        file = Path(name, "config.json")
+        if file.is_file():
+            _check_sizes(read_json(file))
         return kind.from_pretrained(name, **options)
     except Exception as error:  # whatever a config's class makes of a damaged file
         raise ValueError(
             f"base_model: cannot read the config of {name!r}; write a folder that holds its "
             f"config.json, or a name the Hugging Face hub (or its cache) has: {error}"
         ) from None
+
+
+def _check_place(name: str, recipe: Mapping[str, Any]) -> None:
+    """Refuse what is neither a folder nor a name that the hub could have."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    path = Path(name)
+    if name.startswith("~"):
+        raise ValueError(
+            f"base_model: {name}: Axolotl does not expand ~; write {path.expanduser()}"
+        )
+    if name.startswith(HUB):
+        repository = "/".join(name.removeprefix(HUB).split("/")[:2])
+        raise ValueError(f"base_model: {name} is an address; write {repository}")
+    if path.is_file() and not recipe.get("base_model_config"):
+        raise ValueError(f"base_model: {name} is a file; write its folder, {path.parent}")
+    if path.exists():
+        return
+    try:
+        validate_repo_id(name)
+        if not name.startswith((".", "/")):
+            return
+    except HFValidationError:
+        pass
+    near = get_close_matches(path.name, _folders_in(path.parent), 1)
+    hint = f"did you mean {path.parent / near[0]}? Else write" if near else "write"
+    raise ValueError(
+        f"base_model: the folder {name} does not exist (looked for in {Path.cwd()}); {hint} a "
+        "folder that holds the model's config.json, or a name on the Hugging Face hub such as "
+        "org/name"
+    )
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return [each.name for each in folder.iterdir() if each.is_dir()] if folder.is_dir() else []
+
+
+def _check_sizes(fields: Mapping[str, Any]) -> None:
+    """Refuse the fields of a config.json that give sizes which are none: zero, text, infinity.
+
+    Raises:
+        ValueError: names the field.
+    """
+    sizes = {name: (1, most) for name, most in COUNTS.items()}
+    sizes |= dict.fromkeys(("max_position_embeddings", *WINDOW_KEYS.values()), (0, math.inf))
+    for name, (least, most) in sizes.items():
+        value = fields.get(name)
+        if value is None or isinstance(value, list):  # one for each layer
+            continue
+        number = isinstance(value, int | float) and math.isfinite(value)
+        if not number or not least <= value <= most:
+            limit = f"from {least}" + ("" if most == math.inf else f" to {most:,}")
+            raise ValueError(f"{name}: got {value!r}; it is a number {limit}")
+    for name, value in fields.items():
+        if name.endswith("_config") and isinstance(value, Mapping):
+            _check_sizes(value)
 
 
 class PlainConfig(SimpleNamespace):
@@ -78,6 +143,7 @@ def plain_config_of(recipe: Mapping[str, Any]) -> PlainConfig | None:
         return None
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
+        _check_sizes(fields if isinstance(fields, dict) else {})
         own = model_config_of(recipe)
     except ValueError:
         return None

@@ -9,6 +9,7 @@ from longlora_plugin.artifacts.manifest import (
     check_files,
     data_digests,
     digest,
+    find_manifest,
     public_recipe,
     read_manifest,
     versions,
@@ -52,18 +53,29 @@ def manifest_of(run: PreparedRun, built: Built | None = None) -> Manifest:
     )
 
 
-def check_start(run: PreparedRun) -> None:
+def check_start(run: PreparedRun) -> list[str]:
     """Refuse to go on from weights of another RoPE.
+
+    Returns:
+        Warnings: a name on the hub whose RoPE cannot be read.
 
     Raises:
         ValueError: says both, and what to write.
     """
     for key in ("lora_model_dir", "resume_from_checkpoint"):
         folder = str(run.updates.get(key) or run.recipe.get(key) or "")
-        manifest = read_manifest(folder) if folder and Path(folder).is_dir() else None
+        manifest = None
+        if folder and Path(folder).is_dir():
+            manifest = read_manifest(folder)
+        elif folder and key == "lora_model_dir":
+            try:
+                manifest = find_manifest(folder)
+            except ValueError as error:
+                return [f"{key}: whether it was trained with this RoPE is not checked: {error}"]
         if manifest is not None:
             check_files(folder, manifest)
             check_same_rope(folder, manifest, run, key)
+    return []
 
 
 def check_merged(run: PreparedRun, folder: Path, key: str) -> list[str]:

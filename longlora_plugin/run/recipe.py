@@ -6,6 +6,7 @@ The commands read recipes this way; a training run gets its recipe from Axolotl 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "deepspeed": (str, Path, Mapping),
     "fsdp_config": (Mapping,),
     "lora_target_modules": (str, list),
+    "plugins": (list,),
 }
 """Key → what its value may be, for keys that are read before Axolotl's schema has seen them."""
 IN_WORDS: dict[Any, str] = {
@@ -101,13 +103,33 @@ def sequence_len_of(recipe: Mapping[str, Any]) -> int:
     Raises:
         ValueError: it gives something else.
     """
-    given = recipe.get("sequence_len") or AXOLOTL_SEQUENCE_LEN
-    try:
-        return int(given)
-    except (TypeError, ValueError, OverflowError):
+    given = recipe.get("sequence_len")
+    if given is None:
+        return AXOLOTL_SEQUENCE_LEN
+    if not is_count(given):
         raise ValueError(
-            f"sequence_len: got {given!r}; write a whole number of tokens, such as 32768"
-        ) from None
+            f"sequence_len: got {given!r}; write a whole number of tokens, such as "
+            f"{number_meant(given, 32768)}"
+        )
+    return int(given)
+
+
+def is_count(value: Any) -> bool:
+    """Whether Axolotl's schema reads a value as a whole number from 1 on: 8, 8.0 or "8"."""
+    if isinstance(value, str):
+        return value.isascii() and value.strip().isdigit() and int(value) > 0
+    if isinstance(value, float):
+        return value.is_integer() and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def number_meant(value: Any, otherwise: int) -> int:
+    """The whole number that was probably meant: 32768 for 32k, 32Ki or "32 k tokens"."""
+    text = str(value).lower().replace(",", "").replace("_", "")
+    found = re.match(r"\s*(\d+(?:\.\d+)?(?:e\d)?)\s*([km]?)", text)
+    if found is None or isinstance(value, bool):
+        return otherwise
+    return round(float(found[1]) * {"k": 1024, "m": 1024**2, "": 1}[found[2]]) or otherwise
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -52,6 +52,19 @@ def reason(name: str, folder: Path) -> str:
     return judge(engine, describe(folder)).reason
 
 
+def test_a_folder_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(ValueError, match="there is no folder"):
+        describe(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("maximum", ["Infinity", "NaN", '"4k"', "null", "-1"])
+def test_a_maximum_that_is_no_number_of_tokens_is_one_error(tmp_path, maximum):
+    config = '{"model_type": "llama", "max_position_embeddings": %s}'
+    (tmp_path / "config.json").write_text(config % maximum)
+    with pytest.raises(ValueError, match=r"max_position_embeddings.*a whole number of tokens"):
+        describe(tmp_path)
+
+
 @pytest.mark.parametrize("preset", ["yarn", "linear"])
 def test_the_recommended_presets_are_equal_in_every_engine_that_was_tried(saved, preset):
     found = verdicts(saved(preset))
@@ -160,7 +173,7 @@ def test_rows_are_written_as_json(saved):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--engine", "vlm"], "unknown engine 'vlm'; engines: transformers-5"),
+        (["--engine", "vlm"], "unknown engine 'vlm'; did you mean vllm? engines: transformers-5"),
         (["--run", "--python", "vllm"], "write ENGINE=PATH"),
         (["--run", "--python", "vllm=/nowhere"], "write ENGINE=PATH"),
         (["--python", f"vllm={sys.executable}"], "with --run only"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 
 import pytest
+from hub import put_on_hub
+from huggingface_hub import constants
+from transformers import LlamaConfig
 
 from longlora_plugin.artifacts.manifest import (
     FILE,
@@ -17,6 +20,8 @@ from longlora_plugin.artifacts.manifest import (
     why_another_rope,
     write_manifest,
 )
+from longlora_plugin.run.manifest import check_start
+from longlora_plugin.run.prepare import prepare_run
 
 MANIFEST = Manifest(
     "meta/llama",
@@ -102,3 +107,20 @@ def test_another_rope_is_told_and_the_same_in_other_numbers_is_not():
     assert why_another_rope(MANIFEST, {"factor": 8, "rope_type": "yarn"}) is None
     assert "factor" in str(why_another_rope(MANIFEST, {"factor": 4, "rope_type": "yarn"}))
     assert why_another_rope(Manifest("base", 64), {"rope_type": "linear"}) is None
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_an_adapter_of_the_hub_is_checked_where_it_can_be_read_and_else_a_warning_says_so(
+    tmp_path, monkeypatch, cached
+):
+    recipe = {"base_model": "base", "adapter": "longlora", "sequence_len": 1024}
+    recipe |= {"longlora": {"rope": "linear"}, "lora_model_dir": "someone/adapter"}
+    run = prepare_run(recipe, LlamaConfig(max_position_embeddings=128)).checked()
+    if not cached:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        assert "someone/adapter" in check_start(run)[0]
+        return
+    write_manifest(tmp_path / "local", MANIFEST)
+    put_on_hub(tmp_path / "local", "someone/adapter", tmp_path / "hub", monkeypatch)
+    with pytest.raises(ValueError, match="lora_model_dir: someone/adapter does not belong"):
+        check_start(run)

@@ -65,6 +65,11 @@ def test_every_json_option_writes_to_standard_output_alone(tmp_path):
         assert json.loads(done.stdout)
 
 
+def test_a_picture_of_an_unknown_kind_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"--plot: got x\.txt; write a name that ends in \.png"):
+        Output(plot="x.txt")
+
+
 def table() -> Table:
     made = Table("name", "what", "from")
     made.add_row("a-name-that-is-longer-than-most", "some words " * 30, "another_package")

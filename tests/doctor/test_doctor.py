@@ -301,3 +301,4 @@ def test_file_that_is_no_recipe_is_exit_status_1(tmp_path):
     result = run(path)
     assert result.exit_code == 1
     assert "is not a recipe" in result.output
+    assert "This machine" not in result.output  # told before anything is tried

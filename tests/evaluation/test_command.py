@@ -29,6 +29,7 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from longlora_plugin.artifacts.manifest import Manifest, write_manifest
 from longlora_plugin.cli import longlora
 from longlora_plugin.evaluation import lengths
 from longlora_plugin.evaluation.loading import ModelSource
@@ -315,6 +316,17 @@ def test_default_lengths_run_from_the_original_context_to_the_target(work):
     run(work / "recipe.yml", "--data", work / "data.txt", "--model", "base", "--json", out)
     assert [row["length"] for row in json.loads(out.read_text())] == [64, 128, 256]
     assert [row["stride"] for row in json.loads(out.read_text())] == [32, 64, 128]
+
+
+def test_default_lengths_follow_the_run_where_the_recipe_says_another_length_by_now(work, tmp_path):
+    adapter = shutil.copytree(work / "out", tmp_path / "run")
+    write_manifest(adapter, Manifest(str(work / "base"), TARGET // 2, base_context=ORIGINAL))
+    out = tmp_path / "rows.json"
+    run(work / "recipe.yml", "--data", work / "data.txt", "--adapter", adapter, "--model", "base",
+        "--json", out)  # fmt: skip
+    rows = json.loads(out.read_text())
+    assert [row["length"] for row in rows] == [ORIGINAL, TARGET // 2]
+    assert {row["target_context"] for row in rows} == {TARGET // 2}
 
 
 def test_stride_above_a_short_length_reads_that_one_without_overlap(work, ids):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from json_keys import assert_documented
@@ -18,7 +19,9 @@ from longlora_plugin.plan.planner import fits, largest_sequence_len, planned_run
 from longlora_plugin.run.recipe import read_recipe
 
 
-@pytest.mark.parametrize(("name", "size"), [("48gb", 48), ("48", 48), ("11.5GiB", 11.5)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("48gb", 48), ("48", 48), ("80 GB", 80), ("11.5GiB", 11.5)]
+)
 def test_a_plain_size_is_a_gpu(name: str, size: float) -> None:
     assert find_gpu(name).memory == size
 
@@ -26,6 +29,11 @@ def test_a_plain_size_is_a_gpu(name: str, size: float) -> None:
 def test_an_unknown_gpu_is_an_error_naming_the_valid_ones() -> None:
     with pytest.raises(ValueError, match=r"a100-40gb or a100-80gb\?.*mi300x-192gb"):
         find_gpu("a100")
+    for name in ("4090", "rtx4090"):
+        with pytest.raises(ValueError, match=r"did you mean rtx4090-24gb\?"):
+            find_gpu(name)
+    with pytest.raises(ValueError, match="unknown GPU ''; valid"):
+        find_gpu("")
     assert find_gpu("A100_80GB") is GPUS["a100-80gb"]
 
 
@@ -107,6 +115,36 @@ def test_the_papers_page_prints_both_tables_and_the_answer() -> None:
     assert "102400" in printed
     assert len(figures["table_12"]) == 12
     assert [goal["fits"] for goal in figures["reach"]] == [True, True, True]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "gemma2", "phi3"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hidden_size": 0},
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": 10**9},
+        {"num_attention_heads": 0},
+        {"vocab_size": -1},
+        {"sliding_window": "4096"},
+        {"sliding_window": float("inf")},
+        {"max_position_embeddings": float("inf")},
+        {"max_position_embeddings": float("nan")},
+        {"max_position_embeddings": "8k"},
+    ],
+    ids=str,
+)
+def test_a_base_config_with_a_size_that_is_none_is_one_error(
+    tmp_path: Path, model_type: str, wrong: dict[str, Any]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama(), adapter="longlora", sequence_len=4096)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config |= {"model_type": model_type, "head_dim": 16, "use_sliding_window": True, **wrong}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    result = invoke(recipe)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert next(iter(wrong)) in result.output
 
 
 @pytest.mark.parametrize(

@@ -61,14 +61,29 @@ def test_hours_are_the_flops_over_the_assumed_rate() -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [("--flops-share", 0), ("--flops-share", 1.01), ("--price-per-gpu-hour", -1)]
+    "option",
+    [
+        ("--flops-share", 0),
+        ("--flops-share", 1.01),
+        ("--price-per-gpu-hour", -1),
+        ("--price-per-gpu-hour", "nan"),
+        ("--flops-share", "nan"),
+        ("--price-per-gpu-hour", "inf"),
+    ],
 )
 def test_a_share_or_a_price_that_cannot_be_is_an_error(
-    tmp_path: Path, option: tuple[str, float]
+    tmp_path: Path, option: tuple[str, object]
 ) -> None:
     result = invoke(write_recipe(tmp_path, tiny_llama()), *option)
     assert result.exit_code == 2
     assert f"Invalid value for '{option[0]}'" in result.output
+
+
+@pytest.mark.parametrize("gpu", [[], ["--gpu", "48gb"]])
+def test_a_price_without_a_speed_is_told_to_have_no_effect(tmp_path: Path, gpu: list[str]) -> None:
+    path = write_recipe(tmp_path, small_llama())
+    result = invoke(path, "--price-per-gpu-hour", 2, "--rows", 10, *gpu)
+    assert "--rows, --price-per-gpu-hour: hours and money are planned for a GPU" in result.output
 
 
 @pytest.mark.parametrize(
@@ -271,6 +286,14 @@ def test_wide_heads_and_sliding_layers_keep_the_dense_mask_of_packed_rows(tmp_pa
         ({"sequence_len": "32k"}, "sequence_len: got '32k'; write a whole number, such as "
                                   "sequence_len: 32768"),
         ({"sequence_len": -5}, "sequence_len: got -5"),
+        ({"sequence_len": 0}, "sequence_len: got 0; write a whole number, such as "),
+        ({"micro_batch_size": "two"}, "micro_batch_size: got 'two'; write a whole number, such as "
+                                      "micro_batch_size: 1"),
+        ({"attn_implementation": "flash"}, "write attn_implementation: flash_attention_2"),
+        ({"s2_attention": True}, "s2_attention: Axolotl has it no more; remove the line"),
+        ({"adapter": "LongLoRA"}, "adapter: got 'LongLoRA'; write adapter: longlora"),
+        ({"plugins": ["longlora_plugin.LongLoraPlugin"]}, "write longlora_plugin.LongLoRAPlugin"),
+        ({"plugins": "longlora_plugin.LongLoRAPlugin"}, "plugins: got "),
         ({"micro_batch_size": 0.5}, "micro_batch_size: got 0.5"),
         ({"gradient_chekpointing": True}, "gradient_chekpointing is not a key of Axolotl"),
         ({"plugins": []}, "plugins: longlora_plugin.LongLoRAPlugin is not among them"),
@@ -284,6 +307,14 @@ def test_what_check_refuses_is_not_planned(
     assert result.exit_code == 1
     assert message in result.output.replace("\n", " ")
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("length", ["4096", 4096.0, 4096])
+def test_a_number_that_axolotl_takes_is_planned(tmp_path: Path, length: Any) -> None:
+    path = write_recipe(tmp_path, small_llama(), sequence_len=length, micro_batch_size="2")
+    result = invoke(path, "--json", "-")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["sequence_len"] == 4096
 
 
 def test_a_recipe_of_an_axolotl_plugin_is_planned(tmp_path: Path) -> None:

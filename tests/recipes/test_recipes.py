@@ -70,7 +70,7 @@ def test_a_right_recipe_has_neither_problems_nor_notes(recipe):
             {"plugins": ["longlora_plugin.LongLoRAPlugin", "nowhere.Plugin"]},
             ["there is no nowhere.Plugin"],
         ),
-        ({"plugins": "longlora_plugin.LongLoRAPlugin"}, ["plugins", "valid list"]),
+        ({"plugins": "longlora_plugin.LongLoRAPlugin"}, ["plugins", "write a list"]),
         ({"datasets": "data.jsonl"}, ["datasets", "valid list"]),
         ({"datasets": ["data.jsonl"]}, ["datasets.0", "block of keys"]),
         ({"sequence_lenght": 8192}, ["sequence_lenght", "sequence_len"]),
@@ -99,6 +99,19 @@ def test_a_right_recipe_has_neither_problems_nor_notes(recipe):
         ({"longlora": {"trainable": ["head"]}}, ["'head'", "embeddings"]),
         ({"base_model": "./nowhere"}, ["base_model", "./nowhere"]),
         ({"base_model": None}, ["base_model"]),
+        ({"adapter": "LongLoRA"}, ["write adapter: longlora"]),
+        ({"adapter": "long-lora"}, ["write adapter: longlora"]),
+        ({"s2_attention": True}, ["s2_attention", "remove the line"]),
+        ({"scaling_softmax": True}, ["scaling_softmax", "shifted_attention: false"]),
+        ({"sequence_len": 0}, ["sequence_len", "got 0", "32768"]),
+        ({"sequence_len": -1}, ["sequence_len", "got -1"]),
+        ({"sequence_len": True}, ["sequence_len", "got True"]),
+        ({"sequence_len": 2048.5}, ["sequence_len", "got 2048.5"]),
+        ({"sequence_len": "1M"}, ["sequence_len", "'1M'", "1048576"]),
+        ({"sequence_len": "32Ki"}, ["sequence_len", "'32Ki'", "32768"]),
+        ({"base_model": ""}, ["base_model", "write a name or a path"]),
+        ({"base_model": 5}, ["base_model", "write a name or a path"]),
+        ({"base_model": "my model"}, ["base_model", "my model does not exist"]),
         ({"lora_model_dir": "./nowhere"}, ["lora_model_dir", "nowhere"]),
     ],
 )
@@ -107,6 +120,14 @@ def test_one_mistake_is_one_problem_that_names_it(recipe, changes, says):
     assert len(report.problems) == 1, report.problems
     for word in says:
         assert word in report.problems[0]
+
+
+@pytest.mark.parametrize("path", ["nowhere.jsonl", "./data", "/nowhere/rows.parquet"])
+def test_data_that_is_not_here_is_a_warning_and_strict_refuses_it(recipe, path):
+    missing = recipe(datasets=[{"path": path, "type": "completion", "ds_type": "json"}])
+    (warning,) = check_recipe(missing).warnings
+    assert f"datasets.0: no file {path}" in warning
+    assert warning in check_recipe(missing, strict=True).problems
 
 
 def test_everything_that_is_wrong_is_said_at_once(recipe):

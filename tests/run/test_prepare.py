@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 from transformers import (
@@ -216,10 +217,24 @@ def test_trainable_as_a_word_says_how_to_write_the_list():
     assert "write trainable: [embeddings]" in problem
 
 
-@pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "models/of/mine"])
+@pytest.mark.parametrize(
+    "path", ["/nowhere/model", "./nowhere", "models/of/mine", r"C:\models\mine", "my model", "a:b"]
+)
 def test_a_path_that_is_no_folder_is_said_to_be_missing(path):
-    with pytest.raises(ValueError, match=f"the folder {path} does not exist"):
+    with pytest.raises(ValueError, match=re.escape(f"the folder {path} does not exist")):
         base_config_of({"base_model": path})
+
+
+def test_what_was_probably_meant_by_a_wrong_base_is_said(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for given, meant in {
+        tmp_path / "modle": f"did you mean {tmp_path / 'model'}?",
+        tmp_path / "model" / "config.json": f"is a file; write its folder, {tmp_path / 'model'}",
+        "https://huggingface.co/org/name/tree/main": "is an address; write org/name",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(meant)):
+            base_config_of({"base_model": str(given)})
 
 
 def test_stopping_early_before_the_steps_with_full_attention_is_a_warning():
