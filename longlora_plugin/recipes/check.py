@@ -286,7 +286,8 @@ def _check_schema(
     from longlora_plugin.host.schema import check_schema
 
     wrong = wrong_kinds(raw)  # were reported, and Axolotl's schema crashes on them
-    lowered = {key: value for key, value in raw.items() if key not in wrong} | run.updates
+    lowered = {key: value for key, value in raw.items() if key not in wrong}
+    lowered.update(run.updates)
     if "base_model" in wrong:
         lowered["base_model"] = str(raw["base_model"])
     named = _plugins(raw)

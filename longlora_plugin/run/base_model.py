@@ -63,7 +63,7 @@ def base_config_of(recipe: Mapping[str, Any]) -> Any:
     try:
         file = Path(name, "config.json")
         if file.is_file():
-            _check_sizes(read_json(file))
+            check_sizes(read_json(file))
         return kind.from_pretrained(name, **options)
     except Exception as error:  # whatever a config's class makes of a damaged file
         raise ValueError(
@@ -108,25 +108,28 @@ def _folders_in(folder: Path) -> list[str]:
     return [each.name for each in folder.iterdir() if each.is_dir()] if folder.is_dir() else []
 
 
-def _check_sizes(fields: Mapping[str, Any]) -> None:
-    """Refuse the fields of a config.json that give sizes which are none: zero, text, infinity.
+def check_sizes(fields: Mapping[str, Any], where: str = "") -> None:
+    """Refuse fields of a config.json that give sizes which are none: zero, text, infinity.
+
+    Args:
+        where: written before a field's name.
 
     Raises:
         ValueError: names the field.
     """
-    sizes = {name: (1, most) for name, most in COUNTS.items()}
+    sizes: dict[str, tuple[int, float]] = {name: (1, most) for name, most in COUNTS.items()}
     sizes |= dict.fromkeys(("max_position_embeddings", *WINDOW_KEYS.values()), (0, math.inf))
     for name, (least, most) in sizes.items():
         value = fields.get(name)
         if value is None or isinstance(value, list):  # one for each layer
             continue
-        number = isinstance(value, int | float) and math.isfinite(value)
+        number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
         if not number or not least <= value <= most:
             limit = f"from {least}" + ("" if most == math.inf else f" to {most:,}")
-            raise ValueError(f"{name}: got {value!r}; it is a number {limit}")
+            raise ValueError(f"{where}{name}: got {value!r}; it is a number {limit}")
     for name, value in fields.items():
-        if name.endswith("_config") and isinstance(value, Mapping):
-            _check_sizes(value)
+        if str(name).endswith("_config") and isinstance(value, Mapping):
+            check_sizes(value)
 
 
 class PlainConfig(SimpleNamespace):
@@ -143,7 +146,7 @@ def plain_config_of(recipe: Mapping[str, Any]) -> PlainConfig | None:
         return None
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        _check_sizes(fields if isinstance(fields, dict) else {})
+        check_sizes(fields if isinstance(fields, dict) else {})
         own = model_config_of(recipe)
     except ValueError:
         return None

@@ -25,6 +25,7 @@ from longlora_plugin.run.axolotl_keys import (
     model_config_of,
     resumable_fsdp,
 )
+from longlora_plugin.run.base_model import check_sizes
 from longlora_plugin.run.recipe import asks_for_longlora, sequence_len_of, wrong_kinds
 
 PRECOMPUTES = ("dpo", "ipo")
@@ -213,6 +214,7 @@ def _rope(
     rope = None
     with checks.told_in(problems):
         own = model_config_of(recipe)
+        check_sizes(own, "model_config.")
         if base_config is not None and sequence_len:
             config = copy.deepcopy(base_config)
             _override(config, {key: own[key] for key in own if key not in ROPE_KEYS})

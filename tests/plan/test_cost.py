@@ -62,14 +62,8 @@ def test_hours_are_the_flops_over_the_assumed_rate() -> None:
 
 @pytest.mark.parametrize(
     "option",
-    [
-        ("--flops-share", 0),
-        ("--flops-share", 1.01),
-        ("--price-per-gpu-hour", -1),
-        ("--price-per-gpu-hour", "nan"),
-        ("--flops-share", "nan"),
-        ("--price-per-gpu-hour", "inf"),
-    ],
+    [("--flops-share", value) for value in (0, 1.01, "nan")]
+    + [("--price-per-gpu-hour", value) for value in (-1, "nan", "inf")],
 )
 def test_a_share_or_a_price_that_cannot_be_is_an_error(
     tmp_path: Path, option: tuple[str, object]

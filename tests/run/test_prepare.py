@@ -225,6 +225,14 @@ def test_a_path_that_is_no_folder_is_said_to_be_missing(path):
         base_config_of({"base_model": path})
 
 
+@pytest.mark.parametrize(
+    "own", [{"sliding_window": "4096"}, {"num_hidden_layers": 10**9}, {"hidden_size": 0}], ids=str
+)
+def test_a_size_of_the_recipes_own_that_is_none_is_refused_by_name(own):
+    (problem,) = prepare_run(recipe(model_config=own), llama()).problems
+    assert f"model_config.{next(iter(own))}: got" in problem
+
+
 def test_what_was_probably_meant_by_a_wrong_base_is_said(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
