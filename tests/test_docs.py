@@ -95,6 +95,11 @@ def test_code_fits_on_a_page_of_the_site(path):
     assert [line for line in lines if len(line) > 76] == []
 
 
+def test_the_site_keeps_braces_at_the_end_of_a_tables_cell():
+    extensions = (ROOT / "mkdocs.yml").read_text().partition("\nmarkdown_extensions:\n")[2]
+    assert "attr_list" not in extensions  # it takes {trainable: []} for attributes
+
+
 def test_recipes_named_in_the_docs_exist():
     text = "\n".join(path.read_text() for path in [ROOT / "README.md", *PAGES])
     started = set(re.findall(r"recipes (?:init|show) (\w[\w.-]*)", text)) - {

@@ -88,10 +88,9 @@ def check_recipe(
     report.problems += repeated_keys(Path(path))
 
     check_plugin_line(raw, report)
-    report.problems += wrong_names(raw)
     config = _base_config(raw, base_config, report)
     run = report.run = prepare_run(raw, config)
-    report.problems += run.problems
+    report.problems += [*wrong_names(raw), *run.problems]
     if asks_for_longlora(raw):
         _describe(raw, run, report)
         if run.block.held_out:
