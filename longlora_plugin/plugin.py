@@ -39,11 +39,11 @@ from longlora_plugin.rope import check_built_rope, keep_both_spellings
 from longlora_plugin.run.base_model import base_config_of
 from longlora_plugin.run.built import adapter_keys_of, enable_attention
 from longlora_plugin.run.context_parallel import splits_with_ring_flash_attn
+from longlora_plugin.run.document_lengths import report_data
 from longlora_plugin.run.manifest import STARTS, check_merged, check_start, manifest_of
 from longlora_plugin.run.prepare import PreparedRun, prepare_run
 from longlora_plugin.run.recipe import asks_for_longlora
-from longlora_plugin.run.report import closing_block, report_data
-from longlora_plugin.run.summary import Built, Fact, built_facts, rope_facts
+from longlora_plugin.run.summary import Built, Fact, built_facts, closing_block, rope_facts
 
 
 class LongLoRAPlugin(BasePlugin):
@@ -161,8 +161,8 @@ class LongLoRAPlugin(BasePlugin):
     ) -> Any:
         if run.adapter != "longlora":
             return None
+        from longlora_plugin.adapter.fp32_weights import prepare_adapter
         from longlora_plugin.adapter.fused_loss import cast_heads_for_cut_cross_entropy
-        from longlora_plugin.adapter.prepare import prepare_adapter
         from longlora_plugin.adapter.state import save_adapter
         from longlora_plugin.adapter.zero3 import ZeRO3HookGuard
 
@@ -210,7 +210,7 @@ class LongLoRAPlugin(BasePlugin):
         if run.context_parallel > 1:
             callbacks += self._share_rows(cfg, run, trainer)
         if run.adapter == "longlora" and not (uses_deepspeed(cfg) or uses_fsdp(cfg)):
-            from longlora_plugin.adapter.optimizer import CheckOptimizer
+            from longlora_plugin.adapter.callback import CheckOptimizer
 
             callbacks.append(CheckOptimizer(str(cfg.optimizer), RecipeError))
         elif run.adapter == "longlora":

@@ -41,7 +41,7 @@ def make_models(root: Path, only: Sequence[str] = ("",)) -> Iterator[tuple[str, 
     Yields:
         Model type, preset, folder.
     """
-    from longlora_plugin.artifacts.tokenizer import name_for_older_readers
+    from longlora_plugin.artifacts.callback import name_for_older_readers
     from longlora_plugin.rope import apply_rope, keep_both_spellings, resolve_rope
 
     for model_type in TYPES:

@@ -1,4 +1,4 @@
-"""Whole fp32 adapters in every checkpoint and at the end of a run under DeepSpeed or FSDP2."""
+"""An adapter while it trains: nothing of it is left out, and it is saved whole and in fp32."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from longlora_plugin.adapter.state import (
     save_adapter,
     save_adapter_state,
 )
+
+TRAINED = ("lora_", ".modules_to_save.")
+"""Parts of the names of an adapter's tensors."""
 
 
 class SaveWholeAdapter(TrainerCallback):
@@ -59,3 +62,37 @@ class SaveWholeAdapter(TrainerCallback):
         if self._last:
             save_adapter_state(folder, self._last, into=True)
             self._last = {}
+
+
+class CheckOptimizer(TrainerCallback):
+    """Stops a run of one process or DDP before step 1 where a tensor of the adapter would not move.
+
+    Args:
+        optimizer: its name in the recipe.
+        error: the exception to raise.
+    """
+
+    def __init__(self, optimizer: str, error: type[Exception]) -> None:
+        self.optimizer = optimizer
+        self.error = error
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        moved = {
+            id(parameter)
+            for group in kwargs["optimizer"].param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad
+        }
+        left = [
+            name
+            for name, parameter in kwargs["model"].named_parameters()
+            if any(part in name for part in TRAINED)
+            and ".default" in name  # TRL adds the adapter of a reference model, which is frozen
+            and id(parameter) not in moved
+        ]
+        if left:
+            raise self.error(
+                f"optimizer: {self.optimizer} leaves out {len(left)} tensors of the adapter "
+                f"({', '.join(left[:3])}, …), which would never train; write "
+                "optimizer: adamw_torch_fused"
+            )

@@ -7,12 +7,17 @@ PEFT keeps `modules_to_save` copies in the base model's dtype. In bf16 an update
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch.nn import functional
+
+from longlora_plugin.adapter.modules import untrained_modules
+from longlora_plugin.adapter.state import load_adapter_state, read_adapter_state, some
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,45 @@ class TrainedModules:
     parameters: int
     dtype: torch.dtype | None
     compute_dtype: torch.dtype | None
+
+
+def prepare_adapter(
+    model: Any,
+    names: Iterable[str],
+    *,
+    start_from: str | Path | None,
+    reason: str,
+    rounded: bool = False,
+) -> TrainedModules:
+    """Train the modules `names` in fp32, from the values that an earlier adapter has.
+
+    Args:
+        model: the PEFT model.
+        names: of the base model's modules that train in addition to LoRA.
+        start_from: folder or name of the adapter that the run continues from, where PEFT loaded
+            it: into copies in the base model's dtype, which rounds them.
+        reason: why a module of `names` may not train.
+        rounded: whether TRL attached the adapter, and rounded it to bf16.
+
+    Raises:
+        ValueError: some would not train, or the earlier adapter does not fit.
+    """
+    untrained = untrained_modules(model, names)
+    if untrained:
+        raise ValueError(
+            f"longlora: {{trainable: …}} asks for {len(untrained)} modules that would not "
+            f"train ({some(untrained)}): {reason}. Write "
+            "longlora: {trainable: []}, or start without it"
+        )
+    if rounded:
+        undo_rounding(model)
+    trained = train_in_fp32(model)
+    if start_from:
+        try:
+            load_adapter_state(model, read_adapter_state(start_from))
+        except ValueError as error:
+            raise ValueError(f"lora_model_dir: {start_from}: {error}") from error
+    return trained
 
 
 def train_in_fp32(model: torch.nn.Module) -> TrainedModules:

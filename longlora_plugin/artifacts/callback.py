@@ -13,9 +13,12 @@ from transformers import TrainerCallback
 
 from longlora_plugin.artifacts.card import Kind, write_card
 from longlora_plugin.artifacts.manifest import Manifest, write_manifest
-from longlora_plugin.artifacts.tokenizer import name_for_older_readers
-from longlora_plugin.checkpoints.files import weight_files
+from longlora_plugin.checkpoints.files import read_json, weight_files, write_json
 
+TOKENIZER_CLASS, OLDER_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
+"""What transformers 5 writes ("Tokenizer class TokenizersBackend does not exist", says version 4, and
+with it llama.cpp's converter), and a name that both know.
+"""
 ATTEMPTS = 5
 """How often, a second apart, a saved folder is read."""
 
@@ -92,3 +95,15 @@ def finish(folder: Path, manifest: Manifest, kind: Kind, *, called: Path | None 
     name_for_older_readers(folder)
     write_manifest(folder, manifest)
     write_card(folder, manifest, kind, called=called)
+
+
+def name_for_older_readers(folder: Path) -> bool:
+    """Write the older class name into a folder's `tokenizer_config.json`; whether it changed."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return False
+    content = read_json(path)
+    if content.get("tokenizer_class") != TOKENIZER_CLASS:
+        return False
+    write_json(path, {**content, "tokenizer_class": OLDER_CLASS})
+    return True

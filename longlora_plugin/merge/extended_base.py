@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from longlora_plugin.artifacts.tokenizer import name_for_older_readers
+from longlora_plugin.artifacts.callback import name_for_older_readers
 from longlora_plugin.checkpoints.files import ADAPTER_CONFIG, read_json, write_json
 from longlora_plugin.checkpoints.run_config import config_json, for_base_weights
 from longlora_plugin.merge import folder

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from logging import Logger, LoggerAdapter
 from typing import Any
+
+from longlora_plugin.run.prepare import PreparedRun
 
 ROW_COLUMNS = ("input_ids", "prompt_ids", "prompt_input_ids")
 """Columns of tokens: those of a row, or those of a prompt that answers follow."""
@@ -93,6 +96,18 @@ def lengths_in(dataset: Any) -> list[int] | None:
     for batch in dataset.select_columns(wanted).with_format("arrow").iter(BATCH):
         lengths += _lengths_of(batch, wanted)
     return lengths
+
+
+def report_data(run: PreparedRun, dataset: Any, log: Logger | LoggerAdapter[Any]) -> None:
+    """Say how long the documents that train are, and warn where none can extend the context."""
+    lengths = lengths_in(dataset)
+    if lengths is None:
+        log.info("LongLoRA data: the lengths of documents are not known before they are read")
+        return
+    measured = DocumentLengths.of(lengths, run.base_context or 0, run.target_context)
+    log.info("LongLoRA data: %s", measured)
+    if warning := measured.warning():
+        log.warning("LongLoRA: %s", warning)
 
 
 def _lengths_of(batch: Any, columns: list[str]) -> list[int]:

@@ -1,5 +1,5 @@
 """What a run comes to, in words: training logs these facts, `recipes check` and `doctor` print
-them.
+them; and what it has come to, at its end.
 
 A fact is said from the run's decisions, and from what only the built model knows: which layers
 S²-Attn covers, and which modules train in addition to LoRA.
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from longlora_plugin.artifacts.manifest import Manifest
 from longlora_plugin.run.axolotl_keys import attention_implementation
 from longlora_plugin.run.prepare import PreparedRun
 
@@ -190,3 +191,56 @@ def launch_facts(run: PreparedRun) -> Iterator[Fact]:
         )
     if recipe.get("sample_packing"):
         yield Fact("packing", True, "sample_packing: packed documents never see each other")
+
+
+def closing_block(manifest: Manifest, folder: str, recipe: str | None) -> str:
+    """The lines that end a run: what was trained, where it is, and the commands that come next.
+
+    Args:
+        folder: the run's `output_dir`.
+        recipe: its file; None where Axolotl did not say.
+    """
+    recipe = recipe or "RECIPE.yml"
+    measured_on = manifest.recipe.get("test_datasets") or (
+        (manifest.recipe.get("longlora") or {}).get("held_out")
+    )
+    evaluate = f"longlora eval {recipe}" + ("" if measured_on else " --data BOOK.txt")
+    merge = [f"axolotl merge-lora {recipe}"] if manifest.adapter else []
+    served = f"{folder}/merged" if manifest.adapter else folder
+    lines = {
+        "trained": _what_trained(manifest),
+        "saved in": folder,
+        "context": _context_of(manifest),
+        "steps": _steps_of(manifest),
+        "next": "\n            ".join([evaluate, *merge, f"longlora serve-check {served}"]),
+    }
+    return "LongLoRA: the run is finished\n" + "\n".join(
+        f"  {name:<10}{text}" for name, text in lines.items()
+    )
+
+
+def _what_trained(manifest: Manifest) -> str:
+    if not manifest.adapter:
+        return f"the whole of {manifest.base_model}"
+    if not manifest.trained_modules:
+        return f"a LoRA adapter of {manifest.base_model}"
+    return (
+        f"a LoRA adapter of {manifest.base_model} and {manifest.trained_modules} modules "
+        f"({', '.join(manifest.trainable)}; {manifest.trained_parameters:,} parameters)"
+    )
+
+
+def _steps_of(manifest: Manifest) -> str:
+    full = manifest.full_attention_steps if manifest.group_size else manifest.steps
+    kinds = {
+        f"shifted attention (groups of {manifest.group_size or 0:,})": manifest.steps - full,
+        "full attention": full,
+    }
+    return ", then ".join(f"{count:,} with {kind}" for kind, count in kinds.items() if count)
+
+
+def _context_of(manifest: Manifest) -> str:
+    if not manifest.config_fields:
+        return f"{manifest.base_context or manifest.target_context:,} tokens, RoPE unchanged"
+    before = f"{manifest.base_context:,}" if manifest.base_context else "unknown"
+    return f"{before} → {manifest.target_context:,} tokens, RoPE {manifest.rope_preset}"

@@ -7,7 +7,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from longlora_plugin.adapter.optimizer import CheckOptimizer
+from longlora_plugin.adapter.callback import CheckOptimizer
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from json_keys import assert_documented
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.engines.models import OPTIONS, TYPES
+from longlora_plugin.artifacts.callback import name_for_older_readers
 from longlora_plugin.artifacts.engines import ENGINES, describe, judge, matrix
 from longlora_plugin.artifacts.manifest import Manifest, write_manifest
-from longlora_plugin.artifacts.tokenizer import name_for_older_readers
 from longlora_plugin.artifacts.trial import is_equal, perplexity_ratio, score_all
 from longlora_plugin.cli import longlora
 from longlora_plugin.rope import apply_rope, keep_both_spellings, resolve_rope
