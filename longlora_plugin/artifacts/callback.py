@@ -16,8 +16,8 @@ from longlora_plugin.artifacts.manifest import Manifest, write_manifest
 from longlora_plugin.checkpoints.files import read_json, weight_files, write_json
 
 TOKENIZER_CLASS, OLDER_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
-"""What transformers 5 writes ("Tokenizer class TokenizersBackend does not exist", says version 4, and
-with it llama.cpp's converter), and a name that both know.
+"""What transformers 5 writes ("Tokenizer class TokenizersBackend does not exist", says version 4
+and with it llama.cpp's converter), and a name that both know.
 """
 ATTEMPTS = 5
 """How often, a second apart, a saved folder is read."""
