@@ -38,7 +38,7 @@ def no_model_stays_enabled():
     """A test that leaves a model with shifted attention fails, and the next ones do not know it."""
     yield
     registries = sys.modules.get("longlora_plugin.attention.registries")
-    left = registries.enabled() if registries else ()
+    left = tuple(registries._enabled) if registries else ()
     for handle in left:
         handle.remove()
     assert not left, f"{len(left)} model(s) left enabled: call handle.remove()"

@@ -12,7 +12,6 @@ from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.flex import flex_attention
 from longlora_plugin.attention.halo import with_dummy_queries
 from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
-from longlora_plugin.attention.names import kernel_kind
 from longlora_plugin.attention.sdpa import eager_kernel, grouped_attention, sdpa_kernel
 from longlora_plugin.attention.varlen import (
     flash_attention,
@@ -20,6 +19,7 @@ from longlora_plugin.attention.varlen import (
     torch_varlen_serves,
     varlen_attention,
 )
+from longlora_plugin.attention.vocabulary import kernel_kind
 
 Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCall], torch.Tensor]
 """S²-Attn of a batch: (q_BHND, k_BKND, v_BKND, call) → [B, N, H, D]."""

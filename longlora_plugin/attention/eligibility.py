@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 import torch
 
-from longlora_plugin.attention.layer_types import FULL_ATTENTION, limits_attention
 from longlora_plugin.attention.layout import LOCAL_FREQUENCIES
+from longlora_plugin.attention.vocabulary import FULL_ATTENTION, limits_attention
 
 REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"
 """transformers' registry of attention functions, as modelling files call it."""

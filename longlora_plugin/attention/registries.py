@@ -83,11 +83,6 @@ def disable(handle: Handle, modules: list[torch.nn.Module]) -> None:
             generation.unwatch()
 
 
-def enabled() -> tuple[Handle, ...]:
-    """Handles of all models that train with S²-Attn."""
-    return tuple(_enabled)
-
-
 def are_document_ids(mask: Any) -> bool:
     """Whether a mask is what the mask wrapper hands out."""
     return (

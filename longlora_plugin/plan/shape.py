@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from longlora_plugin.attention.layer_types import layer_windows
+from longlora_plugin.attention.vocabulary import layer_windows
 from longlora_plugin.plan.parameters import is_kind
 from longlora_plugin.run.base_model import PlainConfig
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longlora_plugin.args import LongLoRAConfig, parse_block
-from longlora_plugin.attention.names import kernel_kind
+from longlora_plugin.attention.vocabulary import kernel_kind
 from longlora_plugin.checkpoints.files import is_adapter
 from longlora_plugin.registry import find
 from longlora_plugin.rope import RopeSettings

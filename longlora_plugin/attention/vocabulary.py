@@ -1,8 +1,8 @@
-"""Which layers attend to the whole document, to a window, or not at all, as a config says it.
+"""The words of transformers' configs for attention, and the one reading of them. Loads no torch.
 
-transformers' configs list a kind for each layer (`layer_types`); a family without the list has
-layers of one kind. The one reading of those words: eligibility judges built layers by it, `plan`
-counts by it. Imports nothing heavy.
+Kinds of layers (`layer_types`) attend to the whole document, to a window, or not at all; a family
+without the list has layers of one kind. Implementations (`attn_implementation`) name what computes
+it: eligibility judges by these words, `plan` counts by them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,17 @@ WINDOW_KEYS = {
     "deepseek_sparse_attention": "index_topk",
 }
 """Kind → the config's field that says how many keys a query sees."""
+
+SUPPORTED = (
+    "sdpa",
+    "eager",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+    "a flash-attn kernel of the hub (kernels-community/flash-attn2, …)",
+)
+"""Implementations that S²-Attn can take the place of."""
 
 
 def limits_attention(window: int | None, config: Any) -> bool:
@@ -47,3 +58,22 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
         if kind not in WITHOUT_ATTENTION
     )
     return tuple(window if limits_attention(window, config) else None for window in windows)
+
+
+def kernel_kind(implementation: str | None) -> str:
+    """`sdpa`, `eager`, `flex` or `flash`: what computes S²-Attn in place of `implementation`.
+
+    Raises:
+        ValueError: S²-Attn has no such back end; names the supported ones.
+    """
+    name = (implementation or "").split("@")[0]
+    if name in ("flash_attention_2", "flash_attention_3", "flash_attention_4") or (
+        "/" in name and "flash" in name and "|" not in name
+    ):
+        return "flash"
+    if implementation in ("sdpa", "eager", "flex_attention"):
+        return implementation.removesuffix("_attention")
+    raise ValueError(
+        f"shifted attention does not support attn_implementation: {implementation}; "
+        f"write one of {', '.join(SUPPORTED)}, or longlora: {{shifted_attention: false}}"
+    )
