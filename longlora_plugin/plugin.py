@@ -356,7 +356,7 @@ def _merge(cfg: Any, weights: Callable[[Path], None]) -> Path | None:
     target = Path(cfg.output_dir) / "merged"
     with recipe_errors("merge-lora: "):
         merges = merges_base_stored_as(stored, cfg.merge_method)
-        checks.check_not_quantized(cfg.base_model, base, merges)
+        checks.check_not_quantized(cfg.base_model, stored, merges)
         record = read_manifest(cfg.lora_model_dir) or manifest_of(run)
         source = folder.Source(
             adapter_dir=Path(cfg.lora_model_dir),

@@ -23,18 +23,18 @@ def check_adapter_folder(folder: Path) -> None:
     raise ValueError(f"nothing to merge: {folder} holds no adapter: {problem}; {hint}")
 
 
-def check_not_quantized(base_model: str, base_config: Any, merges: bool) -> None:
+def check_not_quantized(base_model: str, stored: str | None, merges: bool) -> None:
     """Raise ValueError where the base's own weights are quantized and the merge cannot undo that.
 
     Args:
+        stored: its `quantization_method`.
         merges: whether Axolotl's merge, with the method asked for, knows such a base.
     """
-    quantization = getattr(base_config, "quantization_config", None)
-    if not quantization or merges:
+    if stored is None or merges:
         return
     raise ValueError(
         f"cannot merge into a quantized base: base_model: {base_model} is stored in "
-        f"{quantization_method(base_config)}. Write base_model: <the 16-bit model it was made "
+        f"{stored}. Write base_model: <the 16-bit model it was made "
         "from>; the adapter stays as it is (load_in_4bit and load_in_8bit need no change)"
     )
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from longlora_plugin.args import LongLoRAConfig
 from longlora_plugin.attention.layout import AttentionPattern
 from longlora_plugin.plan.cost import Cost, Rate, Steps, cost_of, flops_share_of
 from longlora_plugin.plan.flops import StepKind, forward_flops, step_flops
@@ -43,9 +43,8 @@ class Run:
     training: Training
     steps: Steps
     notes: tuple[str, ...]
-    group_size_for: Callable[[int], int]
+    block: LongLoRAConfig
     pattern: AttentionPattern
-    full_attention_below: int
     full_steps_share: float
     stores_scores: bool
     own_attention: bool
@@ -68,7 +67,10 @@ class Run:
 
     def group_at(self, length: int) -> int | None:
         """Tokens in a group; None where documents so short use full attention."""
-        return None if length <= self.full_attention_below else self.group_size_for(length)
+        if length <= self.block.full_attention_below:
+            return None
+        # Lengths below a fixed group are asked for by pictures only: one group holds them.
+        return self.block.group_size_for(max(length, self.block.group_size or 0))
 
     def sent_at(self, length: int, group_size: int | None) -> dict[str, int] | None:
         """Bytes a layer sends in its forward pass: `halo`, `ring`, `ulysses`."""
@@ -218,10 +220,8 @@ def planned_run(recipe: Recipe, config: Any, gpus: int = 1, rows: int | None = N
         training=training,
         steps=steps,
         notes=notes,
-        # Lengths below a fixed group are asked for by pictures only: one group holds them.
-        group_size_for=lambda length: block.group_size_for(max(length, block.group_size or 0)),
+        block=block,
         pattern=find("longlora_attention_patterns", block.attention_pattern),
-        full_attention_below=block.full_attention_below,
         full_steps_share=share,
         stores_scores=attention_of(recipe) == "eager",
         own_attention=uses_own_attention(recipe),
