@@ -235,13 +235,12 @@ def judge(engine: Engine, saved: Saved) -> EngineRow:
         "rope": json.dumps(saved.rope_fields),
     }
     basis = f"read in the source of {engine.version}" if engine.version else "measured"
+    template: str | None = engine.command
     if saved.is_adapter:
         template = engine.adapter_command or (None if saved.trains_more else engine.lora_command)
-        if template is None:
-            return _adapter_row(engine, saved, basis)
-        command = template.format(**names)
-    else:
-        command = engine.command.format(**names)
+    if template is None:
+        return _adapter_row(engine, saved, basis)
+    command = template.format(**names)
     fault = _spelling_fault(engine, saved)
     if fault:
         return EngineRow(engine.name, "different", fault, "read in config.json", None)

@@ -128,8 +128,6 @@ def _tensors(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             for name, tensor in whole.items()
             if "lora_" not in name and any(part in name for part in TRAINED_PARTS)
         }
-    lora = {_plain_name(name): tensor for name, tensor in lora.items()}
-    trained = {_plain_name(name): tensor for name, tensor in trained.items()}
     if not lora:
         raise ValueError(f"{source} holds no LoRA tensors (lora_A, lora_B)")
     for name, tensor in lora.items():
@@ -161,7 +159,8 @@ def _files(source: Path, stem: str) -> list[Path]:
 
 
 def _load(source: Path, stem: str) -> dict[str, Any]:
-    return {name: tensor for path in _files(source, stem) for name, tensor in _read(path).items()}
+    tensors = (each for path in _files(source, stem) for each in _read(path).items())
+    return {_plain_name(name): tensor for name, tensor in tensors}
 
 
 def _read(path: Path) -> Mapping[str, Any]:

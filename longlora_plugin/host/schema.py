@@ -11,7 +11,7 @@ import runpy
 import sys
 import types
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,16 +111,15 @@ def _as_if_installed(package: str) -> Iterator[None]:
     """Axolotl 0.19 imports ring-flash-attn to validate a recipe, also of one for another machine;
     whether it is there, `doctor` says.
     """
-    try:
+    with suppress(ImportError):  # or flash-attn, which it imports
         importlib.import_module(package)
-    except ImportError:  # or flash-attn, which it imports
-        sys.modules[package] = types.ModuleType(package)
-        try:
-            yield
-        finally:
-            del sys.modules[package]
-    else:
+    stand_in = types.ModuleType(package)
+    sys.modules.setdefault(package, stand_in)
+    try:
         yield
+    finally:
+        if sys.modules[package] is stand_in:
+            del sys.modules[package]
 
 
 def _load_plugins(manager: Any, cfg: Any, report: SchemaReport) -> None:

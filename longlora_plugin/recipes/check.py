@@ -172,16 +172,19 @@ def check_plugin_line(raw: Mapping[str, Any], report: Report) -> None:
     """Whether Axolotl will load this plugin where the recipe asks for it."""
     asks = asks_for_longlora(raw)
     named = any(name.startswith("longlora_plugin") for name in _plugins(raw))
-    if asks and not named and _loads_installed_plugins():
-        report.notes.append(
-            f"plugins: {PLUGIN} is not among them; this Axolotl loads it all the same, 0.19 and "
-            "0.20 would not"
-        )
-    elif asks and not named:
-        report.problems.append(
-            f"plugins: {PLUGIN} is not among them, so Axolotl would refuse adapter: longlora and "
-            f"ignore the longlora block; write\nplugins:\n  - {PLUGIN}"
-        )
+    if asks and not named:
+        from longlora_plugin.host.compat import LOADS_INSTALLED_PLUGINS
+
+        missing = f"plugins: {PLUGIN} is not among them"
+        if LOADS_INSTALLED_PLUGINS:
+            report.notes.append(
+                f"{missing}; this Axolotl loads it all the same, 0.19 and 0.20 would not"
+            )
+        else:
+            report.problems.append(
+                f"{missing}, so Axolotl would refuse adapter: longlora and ignore the longlora "
+                f"block; write\nplugins:\n  - {PLUGIN}"
+            )
     if named and not asks:
         report.notes.append(
             "the plugin is loaded but does nothing: the recipe has neither adapter: longlora nor "
@@ -200,12 +203,6 @@ def wrong_names(raw: Mapping[str, Any]) -> list[str]:
             "longlora: block, trains with shifted attention"
         )
     return problems
-
-
-def _loads_installed_plugins() -> bool:
-    from longlora_plugin.host.compat import LOADS_INSTALLED_PLUGINS
-
-    return LOADS_INSTALLED_PLUGINS
 
 
 def _base_config(raw: Mapping[str, Any], stand_in: str | None, report: Report) -> Any:

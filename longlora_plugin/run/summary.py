@@ -8,7 +8,7 @@ S²-Attn covers, and which modules train in addition to LoRA.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from longlora_plugin.artifacts.manifest import Manifest
@@ -62,18 +62,12 @@ class Built:
             handle: of its shifted attention, a `ShiftedAttention`, if it has that.
             trained: the `TrainedModules` in addition to LoRA, if there are any.
         """
-        found = cls(targets=targets or ())
-        if handle is not None:
-            found = replace(found, layers=handle.layers, skipped=dict(handle.skipped))
-        if trained is not None:
-            precision = f"kept in {trained.dtype}, computing in {trained.compute_dtype}"
-            found = replace(
-                found,
-                modules=trained.modules,
-                parameters=trained.parameters,
-                precision=precision.replace("torch.", ""),
-            )
-        return found
+        layers, skipped = (handle.layers, dict(handle.skipped)) if handle else (0, {})
+        if trained is None:
+            return cls(layers, skipped, targets=targets or ())
+        precision = f"kept in {trained.dtype}, computing in {trained.compute_dtype}"
+        precision = precision.replace("torch.", "")
+        return cls(layers, skipped, trained.modules, trained.parameters, precision, targets or ())
 
 
 def facts(run: PreparedRun, built: Built | None = None) -> list[Fact]:
