@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -231,19 +232,32 @@ def parse_block(raw: Any) -> LongLoRAConfig:
     Raises:
         ValueError: says every wrong key and value at once, what is allowed, what to write instead.
     """
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, Mapping):
-        raise ValueError(
+    block, problems = read_block(raw)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return block
+
+
+def read_block(raw: Any) -> tuple[LongLoRAConfig, list[str]]:
+    """The `longlora:` block of a recipe, and a line for each thing that is wrong with it.
+
+    Where keys are wrong, the block is what is left without them, to be checked all the same.
+    """
+    if not isinstance(raw, Mapping | None):
+        return LongLoRAConfig(), [
             f"longlora: got {raw!r}; write a block of keys, for example\n"
             "longlora:\n  shifted_attention: true"
-        )
+        ]
+    given = {str(key): value for key, value in (raw or {}).items()}
     try:
-        return LongLoRAConfig(**{str(key): value for key, value in raw.items()})
+        return LongLoRAConfig(**given), []
     except ValidationError as error:
-        raise ValueError(
-            "\n".join(dict.fromkeys(_explain(problem) for problem in error.errors()))
-        ) from None
+        errors = error.errors()
+    problems = list(dict.fromkeys(_explain(each) for each in errors))
+    wrong = {each["loc"][0] for each in errors if each["loc"]}
+    with suppress(ValidationError):  # of keys that contradict each other, and were reported
+        return LongLoRAConfig(**{k: v for k, v in given.items() if k not in wrong}), problems
+    return LongLoRAConfig(), problems
 
 
 EXPECTED = {

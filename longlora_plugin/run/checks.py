@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.args import LongLoRAConfig, parse_block
+from longlora_plugin.args import LongLoRAConfig
 from longlora_plugin.attention.vocabulary import kernel_kind
 from longlora_plugin.checkpoints.files import is_adapter
 from longlora_plugin.registry import find
@@ -37,25 +36,6 @@ def told_in(problems: list[str]) -> Iterator[None]:
         yield
     except ValueError as error:
         problems.append(str(error))
-
-
-def block_of(recipe: Mapping[str, Any]) -> tuple[LongLoRAConfig, list[str]]:
-    """The `longlora:` block, and what is wrong with it.
-
-    Where keys are wrong, the block is what is left without them, to be checked all the same.
-    """
-    given = recipe.get("longlora")
-    try:
-        return parse_block(given), []
-    except ValueError as error:
-        lines = str(error).splitlines()
-    if not isinstance(given, Mapping) or not all(line.startswith("longlora") for line in lines):
-        return LongLoRAConfig(), ["\n".join(lines)]
-    wrong = {re.split(r"\W", line.removeprefix("longlora."), maxsplit=1)[0] for line in lines}
-    try:
-        return parse_block({key: value for key, value in given.items() if key not in wrong}), lines
-    except ValueError:  # keys that contradict each other, and were reported
-        return LongLoRAConfig(), lines
 
 
 def problems_of(

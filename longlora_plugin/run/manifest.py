@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from longlora_plugin.args import read_block
 from longlora_plugin.artifacts.manifest import (
     Manifest,
     check_files,
@@ -16,7 +17,6 @@ from longlora_plugin.artifacts.manifest import (
     why_another_rope,
 )
 from longlora_plugin.run.axolotl_keys import ROPE_KEYS, model_config_of
-from longlora_plugin.run.checks import block_of
 from longlora_plugin.run.prepare import PreparedRun
 from longlora_plugin.run.summary import Built
 
@@ -124,7 +124,7 @@ def _differs_in_length_only(manifest: Manifest, run: PreparedRun) -> bool:
     """Whether the recipe asks for the RoPE of the manifest but for `sequence_len`, which a command
     line may have set for one of the two.
     """
-    blocks = [block_of(recipe)[0] for recipe in (manifest.recipe, run.recipe)]
+    blocks = [read_block(manifest.recipe.get("longlora"))[0], run.block]
     own = [
         {key: value for key, value in model_config_of(recipe).items() if key in ROPE_KEYS}
         for recipe in (manifest.recipe, run.recipe)

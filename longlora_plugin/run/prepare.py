@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.args import LongLoRAConfig
+from longlora_plugin.args import LongLoRAConfig, read_block
 from longlora_plugin.checkpoints.resume import check_adapter, choose_checkpoint
 from longlora_plugin.rope import RopeSettings, resolve_rope, rope_parameters_of
 from longlora_plugin.run import checks, context_parallel
@@ -139,7 +139,7 @@ def prepare_run(recipe: Mapping[str, Any], base_config: Any) -> PreparedRun:
     """
     asked, wrong_values = asks_for_longlora(recipe), wrong_kinds(recipe)
     recipe = {key: value for key, value in recipe.items() if key not in wrong_values}
-    block, problems = checks.block_of(recipe) if asked else (OFF, [])
+    block, problems = read_block(recipe.get("longlora")) if asked else (OFF, [])
     problems += wrong_values.values()
     sequence_len = 0
     with checks.told_in(problems):
