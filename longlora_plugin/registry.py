@@ -112,11 +112,9 @@ def survey(hook: str) -> tuple[dict[str, Offer], list[Skipped]]:
             if not isinstance(answer, Mapping):
                 raise Rejected(f"it returned {_short(answer)}, not a mapping of names")
             answer = dict(answer)
-        except Rejected as error:
-            skipped.append(Skipped(owner, hook, None, str(error)))
-            continue
         except (Exception, SystemExit) as error:
-            skipped.append(Skipped(owner, hook, None, f"it raised {error!r}"))
+            reason = str(error) if isinstance(error, Rejected) else f"it raised {error!r}"
+            skipped.append(Skipped(owner, hook, None, reason))
             continue
         for name, value in answer.items():
             try:
