@@ -201,13 +201,6 @@ def saved_by_layer(
     return saved + inner - (width * shape.hidden if adapter else 0)
 
 
-def _shifted_half(shape: ModelShape, compute_bytes: int) -> float:
-    units = shape.heads if shape.kv_heads == 1 else shape.kv_heads
-    shifted = (units // 2) / units
-    both = shape.head_dim + shape.value_dim
-    return shifted * compute_bytes * (shape.heads + shape.kv_heads) * both
-
-
 def _layer_backward(
     shape: ModelShape, *, adapter: bool, compute_bytes: int, mlp_tiles: int = 1
 ) -> float:
@@ -217,7 +210,8 @@ def _layer_backward(
     return compute_bytes * (inner + shape.hidden * (2 if mlp_tiles > 1 else 1))
 
 
-def _exchanged(shape: ModelShape, compute_bytes: int) -> float:
+def _attended(shape: ModelShape, compute_bytes: int) -> float:
+    """Queries, keys, values and output of one token."""
     both = shape.head_dim + shape.value_dim
     return compute_bytes * (shape.heads + shape.kv_heads) * both
 
@@ -302,7 +296,7 @@ def _activations(
     if training.checkpointing or training.offload_activations:
         layer += saved
     if training.context_parallel > 1:
-        layer += _exchanged(shape, width) * tokens
+        layer += _attended(shape, width) * tokens
     if training.quantization:
         layer += parameters.largest_matrix * width
     if training.dense_mask:
@@ -318,7 +312,8 @@ def _saved(shape: ModelShape, parameters: Parameters, training: Training) -> flo
         mlp_tiles=training.mlp_tiles,
     )
     if training.shifted_copies:
-        saved += _shifted_half(shape, training.compute_bytes)
+        units = shape.heads if shape.kv_heads == 1 else shape.kv_heads
+        saved += units // 2 / units * _attended(shape, training.compute_bytes)
     return saved * training.tokens
 
 

@@ -71,19 +71,19 @@ def is_kind(module: Any, *names: str) -> bool:
     return any(kind.__name__ in names for kind in type(module).__mro__)
 
 
-def _linear_layers(model: Any) -> list[tuple[str, Any]]:
-    """Every linear layer but the output head, with its name. Conv1D is one, transposed."""
+def _linear_layers(model: Any) -> dict[str, Any]:
+    """Every linear layer but the output head, by its name. Conv1D is one, transposed."""
     head = model.get_output_embeddings()
-    return [
-        (name, module)
+    return {
+        name: module
         for name, module in model.named_modules()
         if is_kind(module, "Linear", "Conv1D") and module is not head
-    ]
+    }
 
 
 def _targets(model: Any, target_modules: Sequence[str] | str) -> list[Any]:
     if target_modules == "all-linear":
-        return [module for _, module in _linear_layers(model)]
+        return list(_linear_layers(model).values())
     return [
         module
         for name, module in model.named_modules()
@@ -118,7 +118,7 @@ def count_parameters(
         ValueError: LoRA's targets match nothing in this model.
     """
     base = {name: p.numel() for name, p in model.named_parameters()}
-    linear = [module for _, module in _linear_layers(model)]
+    linear = _linear_layers(model).values()
     layers = _decoder_layers(model)
     largest_layer = max((_numel([layer]) for layer in layers), default=0)
     lora = copies = trained_base = 0
@@ -154,7 +154,7 @@ def _lora_elements(
     targets = _targets(model, target_modules)
     fused = [p for name, p in model.named_parameters() if _is_target(name, target_parameters)]
     if not targets and not fused:
-        names = sorted({name.rsplit(".", 1)[-1] for name, _ in _linear_layers(model)})
+        names = sorted({name.rsplit(".", 1)[-1] for name in _linear_layers(model)})
         raise ValueError(
             f"lora_target_modules: {target_modules!r} match no module of this model; "
             f"its linear layers are called {', '.join(names)}"

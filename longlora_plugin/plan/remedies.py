@@ -175,31 +175,28 @@ def remedies(
     def needed(chosen: Sequence[Remedy]) -> float:
         return memory_of(with_(chosen)).needed
 
+    def helping(chosen: Sequence[Remedy]) -> list[Remedy]:
+        worth = (1 - WORTH_NAMING) * needed(chosen)
+        offered = remedies_for(with_(chosen), adapter=adapter)
+        return [each for each in offered if needed([*chosen, each]) < worth]
+
     def tried(chosen: Sequence[Remedy]) -> Tried:
         need = needed(chosen)
-        return Tried(
-            tuple(each.write for each in chosen),
-            tuple(each.costs for each in chosen),
-            need / GIB,
-            need <= available,
-        )
+        write, costs = (tuple(getattr(r, name) for r in chosen) for name in ("write", "costs"))
+        return Tried(write, costs, need / GIB, need <= available)
 
-    offered = list(remedies_for(run, adapter=adapter))
-    worth = (1 - WORTH_NAMING) * needed([])
-    helping = [each for each in offered if needed([each]) < worth]
-    alone = [tried([each]) for each in helping]
-    if any(now.fits and each.part not in LAST for now, each in zip(alone, helping, strict=True)):
+    first = helping([])
+    alone = [tried([each]) for each in first]
+    if any(now.fits and each.part not in LAST for now, each in zip(alone, first, strict=True)):
         return alone, None
     chosen: list[Remedy] = []
     while needed(chosen) > available:
-        offered = list(remedies_for(with_(chosen), adapter=adapter))
-        worth = (1 - WORTH_NAMING) * needed(chosen)
-        helping = [each for each in offered if needed([*chosen, each]) < worth]
-        if not helping:
+        offered = helping(chosen)
+        if not offered:
             return alone, None
-        helping = [each for each in helping if each.part not in LAST] or helping
-        enough = (each for each in helping if needed([*chosen, each]) <= available)
-        pick = next(enough, helping[0])
+        offered = [each for each in offered if each.part not in LAST] or offered
+        enough = (each for each in offered if needed([*chosen, each]) <= available)
+        pick = next(enough, offered[0])
         chosen = [*(each for each in chosen if each.part != pick.part), pick]
     for each in tuple(chosen):
         others = [other for other in chosen if other is not each]
