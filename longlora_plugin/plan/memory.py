@@ -313,7 +313,7 @@ def _saved(shape: ModelShape, parameters: Parameters, training: Training) -> flo
     )
     if training.shifted_copies:
         units = shape.heads if shape.kv_heads == 1 else shape.kv_heads
-        saved += units // 2 / units * _attended(shape, training.compute_bytes)
+        saved += (units // 2) / units * _attended(shape, training.compute_bytes)
     return saved * training.tokens
 
 

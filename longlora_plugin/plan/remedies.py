@@ -182,8 +182,12 @@ def remedies(
 
     def tried(chosen: Sequence[Remedy]) -> Tried:
         need = needed(chosen)
-        write, costs = (tuple(getattr(r, name) for r in chosen) for name in ("write", "costs"))
-        return Tried(write, costs, need / GIB, need <= available)
+        return Tried(
+            tuple(each.write for each in chosen),
+            tuple(each.costs for each in chosen),
+            need / GIB,
+            need <= available,
+        )
 
     first = helping([])
     alone = [tried([each]) for each in first]
