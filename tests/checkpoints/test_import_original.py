@@ -189,10 +189,10 @@ def test_one_added_pad_row_is_merged_with_the_mean_of_the_heads_rows(tmp_path, o
         ["import", str(tmp_path / "source"), str(tmp_path / "out"), "--context", str(CONTEXT)],
     )
     assert result.exit_code == 0, result.output
-    done = merge(
+    _, notes = merge(
         Source(tmp_path / "out", base, AutoConfig.from_pretrained(base)), tmp_path / "merged"
     )
-    assert any("so they are the mean of the others" in note for note in done.notes)
+    assert any("so they are the mean of the others" in note for note in notes)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     head = whole["base_model.model.lm_head.weight"]
     torch.testing.assert_close(
