@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from longlora_plugin.attention.layer_types import WINDOW_KEYS
+from longlora_plugin.attention.vocabulary import WINDOW_KEYS
 from longlora_plugin.checkpoints.files import read_json
 from longlora_plugin.run.axolotl_keys import ROPE_KEYS, model_config_of, value_of
 
