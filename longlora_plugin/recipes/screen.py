@@ -76,13 +76,12 @@ def _wrong_values(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _unknown_keys(raw: Mapping[str, Any]) -> Iterator[str]:
-    from longlora_plugin.host.schema import known_keys
+    from longlora_plugin.host.schema import check_schema, known_keys
 
     known = known_keys()
     strange = [key for key in raw if key not in known and key != "longlora"]
     if known and not strange:
         return
-    from longlora_plugin.host.schema import check_schema
     from longlora_plugin.recipes.check import ASSUMED_GPU, capabilities_of
 
     found = check_schema(raw, capabilities_of(ASSUMED_GPU, 1))
