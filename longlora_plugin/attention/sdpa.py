@@ -14,19 +14,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch.nn import functional
 
 from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.layout import HeadRun, Segments, ends
-from longlora_plugin.attention.packing import index_on
+from longlora_plugin.attention.packing import Documents, index_on
 from longlora_plugin.attention.rows import of_one_size, take_rows, unflatten
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCall], torch.Tensor]
 """Causal attention of a batch of segments: (q_SHLD, k_SKLD, v_SKLD, call) → out_SHLD. The call's
 sinks are those of the heads given."""
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""A kernel with its call."""
 
 
 def sdpa_kernel(
@@ -130,18 +132,24 @@ def grouped_attention(
     """
     documents = call.documents
     outputs = []
-    for run, *qkv_run in by_run(call.runs, q_BHND, k_BKND, v_BKND, dim=1):
-        own = call.of_run(run)
+    for run, q_run, k_run, v_run in by_run(call.runs, q_BHND, k_BKND, v_BKND, dim=1):
+        attend: Attend = partial(_attend, kernel, call.of_run(run))
         if not documents.are_rows:
-            outputs.append(_gathered(*qkv_run, own, kernel, call.segments(run)))
+            outputs.append(_gathered(q_run, k_run, v_run, attend, call.segments(run), documents))
         elif documents.length <= call.full_attention_below:
-            outputs.append(kernel(*qkv_run, own).transpose(1, 2))
+            outputs.append(attend(q_run, k_run, v_run).transpose(1, 2))
         else:
             cuts = ends(documents.length, call.group_size, run.shift)
-            outputs.append(_folded(*qkv_run, own, kernel, cuts))
+            outputs.append(_folded(q_run, k_run, v_run, attend, call.group_size, cuts))
     if documents.are_rows:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return unflatten(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), documents)
+
+
+def _attend(
+    kernel: Kernel, call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    return kernel(q, k, v, call)
 
 
 def by_run(
@@ -163,12 +171,12 @@ def _folded(
     q_BHND: torch.Tensor,
     k_BKND: torch.Tensor,
     v_BKND: torch.Tensor,
-    call: AttentionCall,
-    kernel: Kernel,
+    attend: Attend,
+    group_size: int,
     cuts: tuple[int, int, int],
 ) -> torch.Tensor:
     lead, groups, tail = cuts
-    batch, group_size = q_BHND.shape[0], call.group_size
+    batch = q_BHND.shape[0]
     middle = groups * group_size
 
     def fold(x_BhnD: torch.Tensor) -> torch.Tensor:
@@ -177,21 +185,19 @@ def _folded(
         return x.transpose(1, 2)
 
     def whole_groups(*part: torch.Tensor) -> torch.Tensor:
-        folded = kernel(*[fold(x) for x in part], call).transpose(1, 2)
+        folded = attend(*[fold(x) for x in part]).transpose(1, 2)
         return folded.reshape(batch, middle, *folded.shape[2:])
 
     sizes = [size for size in (lead, middle, tail) if size]
     parts = list(zip(*(x.split(sizes, dim=2) for x in (q_BHND, k_BKND, v_BKND)), strict=True))
     if lead and lead == tail:
         first, *between, last = parts
-        both = kernel(*[torch.cat(pair) for pair in zip(first, last, strict=True)], call)
+        both = attend(*[torch.cat(pair) for pair in zip(first, last, strict=True)])
         first_out, last_out = both.transpose(1, 2).split(batch)
         pieces = [first_out, *[whole_groups(*part) for part in between], last_out]
     else:
         pieces = [
-            whole_groups(*part)
-            if part[0].shape[2] == middle
-            else kernel(*part, call).transpose(1, 2)
+            whole_groups(*part) if part[0].shape[2] == middle else attend(*part).transpose(1, 2)
             for part in parts
         ]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
@@ -244,13 +250,13 @@ def _gathered(
     q_BHND: torch.Tensor,
     k_BKND: torch.Tensor,
     v_BKND: torch.Tensor,
-    call: AttentionCall,
-    kernel: Kernel,
+    attend: Attend,
     cut: Segments,
+    documents: Documents,
 ) -> torch.Tensor:
     device = q_BHND.device
     taken_P, shapes, back_T = _gather_plan(cut, device)
-    real_T = call.documents.real_on(device)
+    real_T = documents.real_on(device)
     if real_T is not None:
         taken_P = real_T[taken_P]
     sizes = [count * length for count, length in shapes]
@@ -263,7 +269,7 @@ def _gathered(
         strict=True,
     )
     outputs = [
-        kernel(*[x.unflatten(0, shape).transpose(1, 2) for x in tensors], call)
+        attend(*[x.unflatten(0, shape).transpose(1, 2) for x in tensors])
         .transpose(1, 2)
         .flatten(0, 1)
         for shape, *tensors in batches
