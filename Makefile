@@ -42,7 +42,7 @@ demo: install
 	python -m benchmarks.experiments.quickstart.text $(OUT)/text
 	rm -rf $(OUT)/run $(OUT)/eval.json
 	OMP_NUM_THREADS=$(DEMO_THREADS) axolotl train $(RECIPE) --launcher python
-	OMP_NUM_THREADS=$(DEMO_THREADS) axolotl longlora eval $(RECIPE) --data $(OUT)/text/heldout.jsonl --lengths 256,2048 \
+	OMP_NUM_THREADS=$(DEMO_THREADS) longlora eval $(RECIPE) --data $(OUT)/text/heldout.jsonl --lengths 256,2048 \
 		--buckets 0,256,512,1024,1536,2048 --stride 256 --score all --max-tokens 32768 \
 		--json $(OUT)/eval.json --plot $(OUT)/perplexity.png
 	axolotl merge-lora $(RECIPE)
@@ -185,19 +185,19 @@ SMOLLM2_PASS = $(call SMOLLM2_EVAL,$(1)) --lengths 16384 --stride 16384 \
 smollm2: install
 	python -m pip install --quiet "gguf>=0.10" "rdata>=0.11"
 	python -m benchmarks.experiments.smollm2.prepare $(SMOLLM2)
-	axolotl longlora eval $(SMOLLM2_RECIPE) --model base $(call SMOLLM2_PASS,unscaled)
-	axolotl longlora eval $(SMOLLM2_RECIPE) --model base $(call SMOLLM2_EVAL,windows) \
+	longlora eval $(SMOLLM2_RECIPE) --model base $(call SMOLLM2_PASS,unscaled)
+	longlora eval $(SMOLLM2_RECIPE) --model base $(call SMOLLM2_EVAL,windows) \
 		--lengths 8192 --stride 4096 --tokens $(SMOLLM2)/eval/windows.safetensors
 	for preset in $(SMOLLM2_PRESETS); do \
-		axolotl longlora recipes init smollm2-135m-cpu --set longlora.rope=$$preset \
+		longlora recipes init smollm2-135m-cpu --set longlora.rope=$$preset \
 			--set output_dir=$(SMOLLM2)/run-$$preset --output $(SMOLLM2)/$$preset.yml --force && \
-		axolotl longlora eval $(SMOLLM2)/$$preset.yml --model base+rope \
+		longlora eval $(SMOLLM2)/$$preset.yml --model base+rope \
 			$(call SMOLLM2_PASS,$$preset) || exit 1; \
 	done
 	for preset in $(SMOLLM2_TRAINED); do \
 		{ test -f $(SMOLLM2)/run-$$preset/adapter_model.safetensors || \
 			axolotl train $(SMOLLM2)/$$preset.yml --launcher python; } && \
-		axolotl longlora eval $(SMOLLM2)/$$preset.yml --model adapter \
+		longlora eval $(SMOLLM2)/$$preset.yml --model adapter \
 			$(call SMOLLM2_PASS,$$preset-trained) || exit 1; \
 	done
 	python -m benchmarks.experiments.smollm2.table $(SMOLLM2)
@@ -224,9 +224,9 @@ $(LONGQA)/seed-%/adapter_model.safetensors: $(LONGQA)/train.stats.json $(LONGQA)
 
 $(LONGQA)/%.stats.json: $(OUT)/text/%.jsonl
 	python -m benchmarks.experiments.longqa.documents $< $(LONGQA)/books/$*
-	axolotl longlora longqa build $(LONGQA)/books/$* $(LONGQA)/$*.jsonl \
+	longlora longqa build $(LONGQA)/books/$* $(LONGQA)/$*.jsonl \
 		--tokenizer examples/quickstart/model --context 2048 --seed 0
-	axolotl longlora longqa stats $(LONGQA)/$*.jsonl --sequence-len 2048 --json $@
+	longlora longqa stats $(LONGQA)/$*.jsonl --sequence-len 2048 --json $@
 
 # A copy, so that another `make demo` does not change the base of what is trained here.
 $(LONGQA)/extended/model.safetensors: | $(OUT)/text/train.jsonl

@@ -54,7 +54,7 @@ def longlora_trainable_modules() -> dict[str, Callable[..., list[str]]]:  # type
 
 @hookspec
 def longlora_recipes() -> dict[str, Path]:  # type: ignore[empty-body]
-    """Recipes, for `axolotl longlora recipes`.
+    """Recipes, for `longlora recipes`.
 
     Name → path of a YAML file that exists. `recipes list` shows the first sentence of its leading
     comment.

@@ -1,4 +1,4 @@
-"""`axolotl longlora bench`: RULER and other benchmarks of lm-eval, by context length."""
+"""`longlora bench`: RULER and other benchmarks of lm-eval, by context length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`axolotl longlora doctor`: what this machine and these versions support."""
+"""`longlora doctor`: what this machine and these versions support."""
 
 from __future__ import annotations
 

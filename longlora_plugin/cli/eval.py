@@ -1,4 +1,4 @@
-"""`axolotl longlora eval`: perplexity by context length and position."""
+"""`longlora eval`: perplexity by context length and position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`axolotl longlora extend-base`: a base model's folder with the RoPE of an adapter."""
+"""`longlora extend-base`: a base model's folder with the RoPE of an adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`axolotl longlora import`: checkpoints of the original project as standard PEFT adapters."""
+"""`longlora import`: checkpoints of the original project as standard PEFT adapters."""
 
 from __future__ import annotations
 

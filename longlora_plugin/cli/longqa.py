@@ -1,4 +1,4 @@
-"""`axolotl longlora longqa`: long-document question answering data, built and described."""
+"""`longlora longqa`: long-document question answering data, built and described."""
 
 from __future__ import annotations
 

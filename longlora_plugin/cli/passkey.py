@@ -1,4 +1,4 @@
-"""`axolotl longlora passkey`: retrieval of a hidden number by length and depth."""
+"""`longlora passkey`: retrieval of a hidden number by length and depth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`axolotl longlora plan`: will it fit, what will it cost."""
+"""`longlora plan`: will it fit, what will it cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`axolotl longlora recipes`: list, show, start from, check; the block's JSON Schema."""
+"""`longlora recipes`: list, show, start from, check; the block's JSON Schema."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ def command() -> None:
     """Recipes to start from, and a check of any recipe."""
 
 
+WIDE = 120
+"""Columns of a terminal on which the list has the base model, which the summary names as well."""
+
+
 @command.command("list")
 @json_option("Write the list as JSON.")
 def list_recipes(json_path: str | None) -> None:
@@ -30,7 +34,6 @@ def list_recipes(json_path: str | None) -> None:
     from longlora_plugin.run.recipe import read_yaml
 
     out = Output(json_path)
-    table = Table("name", "base model", "context", "what", "from")
     rows: list[ListedRow] = []
     for name, listed in sorted(available().items()):
         raw = read_yaml(listed.path)
@@ -43,9 +46,16 @@ def list_recipes(json_path: str | None) -> None:
             "from": listed.owner,
         }
         rows.append(row)
-        table.add_row(*(str(value) for key, value in row.items() if key != "path"))
+    columns = {"name": "name", "sequence_len": "context", "summary": "what"}
+    if out.console.width >= WIDE:
+        columns |= {"base_model": "base model"}
+    if len({row["from"] for row in rows}) > 1:
+        columns |= {"from": "from"}
+    table = Table(*columns.values())
+    for row in rows:
+        table.add_row(*(str(dict(row)[key]) for key in columns))
     out.table(table)
-    out.print("Start from one: axolotl longlora recipes init NAME")
+    out.print("Start from one: longlora recipes init NAME")
     out.write_json(rows)
 
 
@@ -98,7 +108,7 @@ def init(
         click.echo(f"wrote {path}")
     if left_out:
         click.echo(f"left out, of that run alone: {', '.join(left_out)}")
-    click.echo(f"next: axolotl longlora recipes check {target}")
+    click.echo(f"next: longlora recipes check {target}")
 
 
 @command.command()

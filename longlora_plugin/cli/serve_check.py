@@ -1,4 +1,4 @@
-"""`axolotl longlora serve-check`: how inference engines read what was saved."""
+"""`longlora serve-check`: how inference engines read what was saved."""
 
 from __future__ import annotations
 

@@ -87,8 +87,7 @@ def start_from_run(name: str, target: Path, settings: list[str]) -> list[str]:
     manifest = find_manifest(name)
     if not manifest.recipe:
         raise ValueError(
-            f"{name}: its {FILE} has no recipe; start from a listed one: axolotl longlora recipes "
-            "list"
+            f"{name}: its {FILE} has no recipe; start from a listed one: longlora recipes list"
         )
     left_out = [key for key in OF_ONE_RUN if key in manifest.recipe]
     recipe = CommentedMap(

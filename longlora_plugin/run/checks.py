@@ -131,7 +131,7 @@ def _check_lm_eval(recipe: Mapping[str, Any]) -> None:
     names = [tasks] if isinstance(tasks, str) else [str(task).split(":")[0] for task in tasks]
     raise ValueError(
         "lm_eval_tasks: Axolotl hands the adapter's folder to lm-eval, which scores it with the "
-        "base model's RoPE or not at all. Remove lm_eval_tasks and, after training, run axolotl "
+        "base model's RoPE or not at all. Remove lm_eval_tasks and, after training, run "
         f"longlora bench RECIPE --tasks {','.join(names)}; or merge first, and write "
         "lm_eval_model: <output_dir>/merged with lm_eval_post_train: false"
     )

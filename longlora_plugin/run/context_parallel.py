@@ -106,7 +106,7 @@ def problems_of(
     if block.held_out:
         yield (
             f"{said} longlora.held_out: it scores whole rows while training; remove held_out, "
-            "write val_set_size, and run axolotl longlora eval afterwards"
+            "write val_set_size, and run longlora eval afterwards"
         )
 
 

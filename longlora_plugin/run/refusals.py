@@ -120,14 +120,14 @@ REFUSALS = (
     Refusal(
         "reinit_weights",
         "the adapter would be trained on random weights, which are not saved with it",
-        "remove it, or adapter",
+        "remove it, or train without an adapter",
         ADAPTER,
     ),
     Refusal(
         "fix_untrained_tokens",
         "it changes rows of the base model's embeddings and head, which are not saved with the "
         "adapter",
-        "remove it, or adapter",
+        "remove it, or train without an adapter",
         ADAPTER,
     ),
     Refusal(
@@ -138,20 +138,21 @@ REFUSALS = (
     Refusal(
         "unfrozen_parameters",
         f"it freezes LoRA, embeddings and norms, and {_BASE_NOT_SAVED}",
-        "remove it (longlora: {trainable: […]} says what trains besides LoRA), or adapter",
+        "remove it (longlora: {trainable: […]} says what trains besides LoRA), or train without an "
+        "adapter",
         ADAPTER,
     ),
     Refusal(
         "spectrum_top_fraction",
         f"it freezes LoRA, embeddings and norms, and {_BASE_NOT_SAVED}",
-        "remove it, or adapter",
+        "remove it, or train without an adapter",
         ADAPTER,
     ),
     *(
         Refusal(
             key,
             "it freezes LoRA in most layers and unfreezes the base model in the rest",
-            "remove it, or adapter",
+            "remove it, or train without an adapter",
             ADAPTER,
         )
         for key in ("lisa_n_layers", "lisa_step_interval")

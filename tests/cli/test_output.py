@@ -100,6 +100,16 @@ def test_recipes_list_names_every_recipe_in_full():
     assert all(f" {name} " in shown for name in available())
 
 
+def test_recipes_list_is_short_on_a_terminal_of_80_columns(monkeypatch):
+    monkeypatch.setattr(Console, "is_terminal", property(lambda self: True))
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")  # no colours
+    shown = CliRunner().invoke(longlora, ["recipes", "list"]).output.splitlines()
+    assert max(map(len, shown)) <= 80
+    assert len(shown) < 3 * len(available()) + 6
+    assert "base model" not in shown[1]
+
+
 def test_one_bar_goes_once_from_nothing_to_the_end():
     seen: list[tuple[str, float]] = []
     cells = [{"length": 512}, {"length": 1536}]

@@ -304,7 +304,7 @@ def test_from_init_to_a_checked_recipe_in_two_commands_in_an_empty_folder(
     monkeypatch.chdir(tmp_path)
     result = run("init", "llama-2-7b-32k", "--set", f"base_model={bases / LLAMA}")
     assert result.exit_code == 0
-    assert "next: axolotl longlora recipes check llama-2-7b-32k.yml" in result.output
+    assert "next: longlora recipes check llama-2-7b-32k.yml" in result.output
     result = run("check", "llama-2-7b-32k.yml", "--gpu", "a100-80gb", "--gpus", 8)
     assert result.exit_code == 0, result.output
     assert "fits 8 × a100-80gb" in result.output

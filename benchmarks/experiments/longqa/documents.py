@@ -2,7 +2,7 @@
 
     python -m benchmarks.experiments.longqa.documents BOOKS.jsonl FOLDER
 
-`BOOKS.jsonl` is a file of `quickstart/text.py`; FOLDER is what `axolotl longlora longqa build`
+`BOOKS.jsonl` is a file of `quickstart/text.py`; FOLDER is what `longlora longqa build`
 reads, as it would a folder of your own documents.
 """
 

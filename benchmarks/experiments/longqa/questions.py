@@ -95,7 +95,7 @@ def split_instruction(instruction: str, kind: str) -> tuple[str, str, str]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file that `axolotl longlora longqa build` wrote without a model."""
+    """The rows of a file that `longlora longqa build` wrote without a model."""
     from longlora_plugin.longqa.journal import Journal, row_name
 
     units = Journal(path).units.values()

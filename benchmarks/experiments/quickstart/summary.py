@@ -2,7 +2,7 @@
 
     python -m benchmarks.experiments.quickstart.summary OUT_DIR
 
-Reads the rows that `axolotl longlora eval` wrote and says, with numbers, whether the base model
+Reads the rows that `longlora eval` wrote and says, with numbers, whether the base model
 gets worse beyond its context and the extended model does not. Buckets are averages over the same
 text at different positions. Exits with 1 if something did not hold.
 """
@@ -61,9 +61,9 @@ def main(out: Path) -> int:
     console.print(
         "\nWhat to try next:\n"
         "  put the two lines of the README into a recipe of yours\n"
-        "  axolotl longlora plan RECIPE --gpu a100-80gb --gpus 8\n"
+        "  longlora plan RECIPE --gpu a100-80gb --gpus 8\n"
         "      will it fit, what will it cost\n"
-        "  axolotl longlora passkey RECIPE --lengths 512,2048\n"
+        "  longlora passkey RECIPE --lengths 512,2048\n"
         "      does it find things again"
     )
     return 0 if all(held for *_, held in claims) else 1

@@ -2,7 +2,7 @@
 
     python -m benchmarks.experiments.smollm2.table OUT_DIR
 
-Reads what `axolotl longlora eval` wrote, one JSON file a row (`make smollm2` names them), and
+Reads what `longlora eval` wrote, one JSON file a row (`make smollm2` names them), and
 prints perplexity by position as Markdown; the same goes to OUT_DIR/table.md. Bucket `a–b` holds
 the tokens that have a to b tokens before them in the text.
 
