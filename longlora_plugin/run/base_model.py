@@ -7,7 +7,6 @@ of the recipe has a part; everything else is transformers' to read.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -145,12 +144,12 @@ def plain_config_of(recipe: Mapping[str, Any]) -> PlainConfig | None:
     if recipe.get("trust_remote_code") or recipe.get("cls_model_config") or not path.is_file():
         return None
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        check_sizes(fields if isinstance(fields, dict) else {})
+        fields = read_json(path)
+        check_sizes(fields)
         own = model_config_of(recipe)
     except ValueError:
         return None
-    if own or not isinstance(fields, dict) or not _says_everything(fields):
+    if own or not _says_everything(fields):
         return None
     return PlainConfig(**{**fields, "sliding_window": None, "layer_types": None})
 
