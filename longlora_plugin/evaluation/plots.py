@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from longlora_plugin.evaluation.results import Row
 from longlora_plugin.evaluation.tables import (
-    DARKEST,
-    LIGHTEST,
-    accuracy,
     depth_label,
     labels_of,
     lengths_of,
@@ -52,23 +50,13 @@ def _finish_lines(axes: Any, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.grid(axis="y", color="#e2e8f0", linewidth=0.8)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="best")
 
 
 def _line(axes: Any, label: str, index: int, points: Sequence[tuple[float, float]]) -> None:
-    axes.plot(
-        [x for x, _ in points],
-        [y for _, y in points],
-        color=COLORS[index % len(COLORS)],
-        linewidth=2,
-        marker="o",
-        markersize=4.5,
-        markeredgecolor="white",
-        markeredgewidth=0.8,
-        label=label,
-    )
+    x, y = [at for at, _ in points], [value for _, value in points]
+    axes.plot(x, y, "o-", color=COLORS[index % len(COLORS)], linewidth=2, markersize=4, label=label)
 
 
 def plot_positions(rows: Sequence[Row], path: str | Path) -> None:
@@ -140,66 +128,48 @@ def plot_heat_map(
 
     Lines mark where a column lies beyond the base model's context and beyond the trained one.
     """
-    from matplotlib.colors import LinearSegmentedColormap
-
-    labels = labels_of(rows)
-    lengths = lengths_of(rows)
+    labels, lengths = labels_of(rows), lengths_of(rows)
     depths = list(dict.fromkeys(row["depth"] for row in rows))
-    shades = [tuple(channel / 255 for channel in shade) for shade in (LIGHTEST, DARKEST)]
-    colors = LinearSegmentedColormap.from_list("accuracy", shades)
+    found = {(row["model"], row["length"], row["depth"]): row["accuracy"] for row in rows}
+    marks = []
+    for context, style, what in (
+        (base_context, "dashed", "the base model's context"),
+        (target_context, "solid", "the trained one"),
+    ):
+        within = sum(length <= context for length in lengths) if context else 0
+        if context and 0 < within < len(lengths):
+            marks.append((within, style, f"{style}: {what}, {tokens_label(context)}"))
     width = 1.6 + len(labels) * (1.0 + 0.62 * len(lengths))
     figure = _figure(width, 1.3 + 0.42 * len(depths))
     axes = figure.subplots(1, len(labels), squeeze=False, sharey=True)
-    image = None
     for place, label in zip(axes.flat, labels, strict=True):
-        group = [row for row in rows if row["model"] == label]
-        grid = [[accuracy(group, length, depth) for length in lengths] for depth in depths]
-        image = place.imshow(grid, cmap=colors, vmin=0, vmax=1, aspect="auto")
-        _write_cells(place, grid)
-        for context, style in ((base_context, (0, (3, 2))), (target_context, "solid")):
-            beyond = [i for i, length in enumerate(lengths) if context and length > context]
-            if beyond and beyond[0] > 0:
-                place.axvline(beyond[0] - 0.5, color="#c05621", linewidth=1.6, linestyle=style)
-        place.set_xticks(range(len(lengths)), [tokens_label(length) for length in lengths])
-        place.set_yticks(range(len(depths)), [depth_label(depth) for depth in depths])
+        grid = [[found.get((label, n, depth), math.nan) for n in lengths] for depth in depths]
+        cells = place.pcolormesh(grid, cmap="YlGnBu", vmin=0, vmax=1, edgecolors="white")
+        for row, column in product(range(len(depths)), range(len(lengths))):
+            share = grid[row][column]
+            if not math.isnan(share):
+                ink, at = "white" if share > 0.55 else "black", (column + 0.5, row + 0.5)
+                place.annotate(f"{share:.0%}", at, ha="center", va="center", size=8, color=ink)
+        for within, style, _ in marks:
+            place.axvline(within, color="#c05621", linewidth=1.6, linestyle=style)
+        place.set_xticks([i + 0.5 for i in range(len(lengths))], map(tokens_label, lengths))
+        place.set_yticks([i + 0.5 for i in range(len(depths))], map(depth_label, depths))
+        place.tick_params(length=0)
+        place.spines[:].set_visible(False)
         place.set_title(label, loc="left", fontsize=10)
         place.set_xlabel("tokens")
+    axes[0, 0].invert_yaxis()
     axes[0, 0].set_ylabel("depth")
-    figure.colorbar(image, ax=axes, shrink=0.8, label="accuracy", format=lambda v, _: f"{v:.0%}")
-    marks = []
-    if base_context and lengths[-1] > base_context > lengths[0] - 1:
-        marks.append(f"dashed: the base model's context, {tokens_label(base_context)}")
-    if target_context and lengths[-1] > target_context > lengths[0] - 1:
-        marks.append(f"solid: the trained one, {tokens_label(target_context)}")
+    figure.colorbar(cells, ax=axes, shrink=0.8, label="accuracy", format=lambda v, _: f"{v:.0%}")
     figure.suptitle("Passkey retrieval", x=0.01, ha="left", fontsize=12, fontweight="bold")
-    if marks:
-        figure.supxlabel("; ".join(marks), fontsize=8, color="#c05621", x=0.01, ha="left")
+    told = "; ".join(mark for _, _, mark in marks)
+    figure.supxlabel(told, fontsize=8, color="#c05621", x=0.01, ha="left")
     _save(figure, path)
 
 
-def _write_cells(place: Any, grid: Sequence[Sequence[float]]) -> None:
-    """Percentages in the cells of a heat map, white lines between them, and no frame."""
-    for row, line in enumerate(grid):
-        for column, value in enumerate(line):
-            if value == value:  # a cell without a row is NaN
-                color = "white" if value > 0.55 else "#3b3b3b"
-                place.text(
-                    column, row, f"{value:.0%}", ha="center", va="center", fontsize=8, color=color
-                )
-    place.set_xticks([i - 0.5 for i in range(1, len(grid[0]))], minor=True)
-    place.set_yticks([i - 0.5 for i in range(1, len(grid))], minor=True)
-    place.grid(which="minor", color="white", linewidth=1.5)
-    place.tick_params(which="both", length=0)
-    for spine in place.spines.values():
-        spine.set_visible(False)
-
-
 def _middle(bucket: dict[str, Any]) -> float:
-    return (
-        float(max(1, bucket["from"]) * bucket["to"]) ** 0.5
-        if bucket["from"]
-        else (bucket["to"] / 2)
-    )
+    low, high = bucket["from"], bucket["to"]
+    return math.sqrt(low * high) if low else high / 2
 
 
 def log_ticks(low: float, high: float) -> list[float]:

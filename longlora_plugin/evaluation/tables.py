@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from longlora_plugin.evaluation.results import Row
 
-TABLE: dict[str, Any] = {
-    "title_justify": "left",
-    "caption_justify": "left",
-    "title_style": "bold",
-    "min_width": 60,
-}
 HOLDS_WITHIN = 1.1
 """Perplexity over that at the base model's context up to which a model holds."""
-LIGHTEST = (247, 240, 228)
-DARKEST = (33, 102, 112)
-"""Shades of 0 and of 100 %."""
 
 
 def labels_of(rows: Sequence[Row]) -> list[str]:
@@ -41,49 +32,110 @@ def length_table(rows: Sequence[Row]) -> Table:
         if first["score"] == "new"
         else "every token of every window scored (the original script's average)"
     )
-    table = Table(title="Perplexity by context length", **TABLE)
     strides = sorted({row["stride"] for row in rows})
-    table.caption = (
+    caption = (
         f"{mode}; {first['data']}: {first['documents']} document(s); stride "
         f"{', '.join(map(str, strides))}; ± half of the 95 % bootstrap interval"
         + (f" over {first['ci_over']}" if first["ci_over"] else "")
     )
-    return _models_by_length(table, rows, _with_interval)
+    return _by_length(_table("Perplexity by context length", caption), rows, "model", _perplexity)
 
 
 def byte_table(rows: Sequence[Row]) -> Table:
     """Models × lengths: bits a byte, which compare where tokenizers differ."""
-    table = Table(title="Bits per byte by context length", **TABLE)
-    table.caption = (
+    caption = (
         "the models have different tokenizers, so that their perplexities count different tokens: "
         "compare these"
     )
-    return _models_by_length(
-        table,
-        rows,
-        lambda row: "–" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}",
+    return _by_length(_table("Bits per byte by context length", caption), rows, "model", _bits)
+
+
+def depth_tables(rows: Sequence[Row]) -> list[Table]:
+    """A table of depths × lengths for each model."""
+    return [
+        _by_length(
+            _table(
+                f"Passkey accuracy: {label}",
+                f"{group[0]['trials']} trials a cell; greedy decoding, exact match; seed "
+                f"{group[0]['seed']}",
+            ),
+            group,
+            "depth",
+            lambda row: f"{row['accuracy']:.0%}",
+            mean=lambda rows, length: f"{_mean(rows, length, 'accuracy'):.0%}",
+        )
+        for label, group in _by_model(rows)
+    ]
+
+
+def bench_tables(rows: Sequence[Row]) -> list[Table]:
+    """A table of tasks × lengths for each model, in percent, with the mean of each length."""
+    caption = "score in percent ± standard error; *: some prompts were cut to the length"
+    return [
+        _by_length(
+            _table(f"Benchmarks: {label}", caption),
+            group,
+            "task",
+            _percent,
+            mean=lambda rows, length: f"{100 * mean_score(rows, length):.1f}",
+        )
+        for label, group in _by_model(rows)
+    ]
+
+
+def _table(title: str, caption: str) -> Table:
+    return Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        min_width=60,
     )
 
 
-def _models_by_length(table: Table, rows: Sequence[Row], cell: Callable[[Row], str]) -> Table:
-    table.add_column("model")
-    for length in lengths_of(rows):
-        table.add_column(_marked(length, rows[0]), justify="right")
-    for label in labels_of(rows):
-        found = (_row(rows, label, length) for length in lengths_of(rows))
-        table.add_row(label, *("–" if row is None else cell(row) for row in found))
+def _by_length(
+    table: Table,
+    rows: Sequence[Row],
+    key: str,
+    cell: Callable[[Row], str],
+    mean: Callable[[Sequence[Row], int], str] | None = None,
+) -> Table:
+    """A line for each value of `key`, a column for each length, and the mean of each column."""
+    lengths = lengths_of(rows)
+    table.add_column(key)
+    for length in lengths:
+        table.add_column(_heading(length, rows[0]), justify="right")
+    longest_first = sorted(rows, key=lambda row: -row["length"])  # it has most tasks
+    values = list(dict.fromkeys(row[key] for row in longest_first))
+    for value in values:
+        found = {row["length"]: row for row in rows if row[key] == value}
+        cells = (cell(found[length]) if length in found else "–" for length in lengths)
+        table.add_row(depth_label(value) if key == "depth" else value, *cells)
+    if mean and len(values) > 1:
+        table.add_section()
+        table.add_row("mean", *(mean(rows, length) for length in lengths))
     return table
+
+
+def _heading(length: int, row: Row) -> str:
+    if length == row.get("base_context"):
+        return f"{length}\n(original)"
+    return f"{length}\n(target)" if length == row.get("target_context") else str(length)
+
+
+def _by_model(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    return [(label, [row for row in rows if row["model"] == label]) for label in labels_of(rows)]
 
 
 def bucket_table(rows: Sequence[Row]) -> Table:
     """Position buckets × models at the longest length."""
     longest = [row for row in rows if row["length"] == lengths_of(rows)[-1]]
     first = longest[0]
-    table = Table(
-        title=f"Perplexity by position, windows of {first['length']} tokens",
-        caption="position: tokens seen before the predicted one; the base model's context "
+    table = _table(
+        f"Perplexity by position, windows of {first['length']} tokens",
+        "position: tokens seen before the predicted one; the base model's context "
         f"{first['base_context']}",
-        **TABLE,
     )
     table.add_column("position", justify="right")
     for row in longest:
@@ -126,61 +178,13 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def depth_tables(rows: Sequence[Row]) -> list[Table]:
-    """A table of depths × lengths for each model."""
-    tables = []
-    for label in labels_of(rows):
-        group = [row for row in rows if row["model"] == label]
-        first = group[0]
-        table = Table(
-            title=f"Passkey accuracy: {label}",
-            caption=f"{first['trials']} trials a cell; greedy decoding, exact match; seed "
-            f"{first['seed']}",
-            **TABLE,
-        )
-        table.add_column("depth", justify="right")
-        for length in lengths_of(group):
-            table.add_column(str(length), justify="right")
-        for depth in dict.fromkeys(row["depth"] for row in group):
-            cells = [_cell(group, length, depth) for length in lengths_of(group)]
-            table.add_row(depth_label(depth), *cells)
-        if len({row["depth"] for row in group}) > 1:
-            table.add_section()
-            table.add_row("mean", *(f"{_mean(group, n):.0%}" for n in lengths_of(group)))
-        tables.append(table)
-    return tables
-
-
-def bench_tables(rows: Sequence[Row]) -> list[Table]:
-    """A table of tasks × lengths for each model, in percent, with the mean of each length."""
-    tables = []
-    for label in labels_of(rows):
-        group = [row for row in rows if row["model"] == label]
-        table = Table(
-            title=f"Benchmarks: {label}",
-            caption="score in percent ± standard error; *: some prompts were cut to the length",
-            **TABLE,
-        )
-        table.add_column("task")
-        for length in lengths_of(group):
-            table.add_column(str(length), justify="right")
-        longest_first = sorted(group, key=lambda row: -row["length"])  # it has most tasks
-        for task in dict.fromkeys(row["task"] for row in longest_first):
-            found = {row["length"]: row for row in group if row["task"] == task}
-            cells = (found.get(length) for length in lengths_of(group))
-            table.add_row(task, *("–" if row is None else _percent(row) for row in cells))
-        if len({row["task"] for row in group}) > 1:
-            table.add_section()
-            means = (mean_score(group, length) for length in lengths_of(group))
-            table.add_row("mean", *(f"{100 * mean:.1f}" for mean in means))
-        tables.append(table)
-    return tables
-
-
 def mean_score(rows: Sequence[Row], length: int) -> float:
     """Mean over the tasks of one length."""
-    scores = [row["score"] for row in rows if row["length"] == length]
-    return float(sum(scores) / len(scores))
+    return _mean(rows, length, "score")
+
+
+def _mean(rows: Sequence[Row], length: int, key: str) -> float:
+    return fmean(row[key] for row in rows if row["length"] == length)
 
 
 def effective_length(rows: Sequence[Row], threshold: float) -> int | None:
@@ -202,55 +206,21 @@ def _percent(row: Row) -> str:
     return f"{100 * row['score']:.1f}{error}{'*' if row['truncated'] else ''}"
 
 
-def _find(rows: Sequence[Row], length: int, depth: Any) -> Row | None:
-    return next((r for r in rows if r["length"] == length and r["depth"] == depth), None)
-
-
-def accuracy(rows: Sequence[Row], length: int, depth: Any) -> float:
-    """Accuracy of one cell; NaN where it has no row."""
-    row = _find(rows, length, depth)
-    return float("nan") if row is None else float(row["accuracy"])
-
-
-def _cell(rows: Sequence[Row], length: int, depth: Any) -> Text:
-    row = _find(rows, length, depth)
-    if row is None:
-        return Text("–")
-    share = row["accuracy"]
-    shade = ",".join(
-        str(round(light + share * (dark - light)))
-        for light, dark in zip(LIGHTEST, DARKEST, strict=True)
-    )
-    ink = "white" if share > 0.55 else "black"
-    return Text(f" {share:.0%} ", style=f"{ink} on rgb({shade})")
-
-
-def _mean(rows: Sequence[Row], length: int) -> float:
-    shares = [row["accuracy"] for row in rows if row["length"] == length]
-    return sum(shares) / len(shares)
-
-
 def depth_label(depth: Any) -> str:
     """A depth as a percentage, or `random`."""
     return str(depth) if depth == "random" else f"{depth:.0%}"
 
 
-def _row(rows: Sequence[Row], label: str, length: int) -> Row | None:
-    return next((r for r in rows if r["model"] == label and r["length"] == length), None)
-
-
-def _marked(length: int, row: Row) -> str:
-    if length == row["base_context"]:
-        return f"{length}\n(original)"
-    return f"{length}\n(target)" if length == row["target_context"] else f"{length}\n"
-
-
-def _with_interval(measure: dict[str, Any]) -> str:
-    text = _number(measure["perplexity"])
-    if measure["ci95"]:
-        low, high = measure["ci95"]
+def _perplexity(row: Row) -> str:
+    text = _number(row["perplexity"])
+    if row["ci95"]:
+        low, high = row["ci95"]
         text += f" ± {_number((high - low) / 2)}"
     return text
+
+
+def _bits(row: Row) -> str:
+    return "–" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
 
 
 def _number(value: float | None) -> str:
