@@ -59,19 +59,14 @@ class Trial:
     Attributes:
         prompt: token ids, ending right before the answer.
         number: the right answer, digits.
-        answer: its token ids.
+        tokens: of prompt and answer.
         depth: share of the filler before the needle.
     """
 
     prompt: list[int]
     number: str
-    answer: list[int]
+    tokens: int
     depth: float
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of prompt and answer."""
-        return len(self.prompt) + len(self.answer)
 
 
 def build_trial(tokenizer: Any, length: int, depth: Depth, number: int, *, seed: int = 0) -> Trial:
@@ -100,8 +95,10 @@ def build_trial(tokenizer: Any, length: int, depth: Depth, number: int, *, seed:
         return len(_encode(tokenizer, f"{prompt_with(fillers)} {value}"))
 
     fillers = _most_that_fit(tokens_with, length)
-    prompt, answer = _split_answer(tokenizer, prompt_with(fillers), value)
-    return Trial(prompt, value, answer, at)
+    prompt = _encode(tokenizer, prompt_with(fillers))
+    while prompt[-1] in tokenizer.all_special_ids:  # some end every text with one
+        prompt.pop()
+    return Trial(prompt, value, tokens_with(fillers), at)
 
 
 def check_grid(lengths: Sequence[int], depths: Sequence[Depth]) -> None:
@@ -141,23 +138,6 @@ def _most_that_fit(tokens_with: Callable[[int], int], length: int) -> int:
     return fillers
 
 
-def _split_answer(tokenizer: Any, prompt: str, number: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt, and of the number that follows it.
-
-    A tokenizer may join the prompt's end with the answer's beginning; the prompt then ends where
-    both still agree. Special tokens after a text (BERT-like) are dropped.
-    """
-    special = set(tokenizer.all_special_ids)
-    alone, whole = _encode(tokenizer, prompt), _encode(tokenizer, f"{prompt} {number}")
-    for ids in (alone, whole):
-        while ids and ids[-1] in special:
-            ids.pop()
-    shared = 0
-    while shared < min(len(alone), len(whole)) and alone[shared] == whole[shared]:
-        shared += 1
-    return alone[:shared], whole[shared:]
-
-
 def answer_trials(
     model: Any,
     tokenizer: Any,
@@ -167,15 +147,12 @@ def answer_trials(
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[list[Trial], list[bool]]]:
     """Answer trials batch by batch, those with prompts of one length together."""
-    for _, group in groupby(sorted(trials, key=_prompt_length), key=_prompt_length):
+    by_length = sorted(trials, key=lambda trial: len(trial.prompt))
+    for _, group in groupby(by_length, key=lambda trial: len(trial.prompt)):
         alike = list(group)
         for first in range(0, len(alike), batch_size):
             batch = alike[first : first + batch_size]
             yield batch, _answers(model, tokenizer, batch, device)
-
-
-def _prompt_length(trial: Trial) -> int:
-    return len(trial.prompt)
 
 
 @torch.inference_mode()
@@ -187,7 +164,7 @@ def _answers(
     produced = model.generate(
         input_ids=ids_BP,
         attention_mask=torch.ones_like(ids_BP),
-        max_new_tokens=max(len(trial.answer) for trial in trials) + EXTRA_TOKENS,
+        max_new_tokens=max(each.tokens for each in trials) - ids_BP.shape[1] + EXTRA_TOKENS,
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,
