@@ -98,7 +98,7 @@ class Measuring:
         """All rows of an experiment; with `--json -` they are printed."""
         from longlora_plugin.artifacts.results import add_results
         from longlora_plugin.evaluation.hub_results import trained_rows
-        from longlora_plugin.evaluation.sweep import Listener, sweep
+        from longlora_plugin.evaluation.sweep import sweep
         from longlora_plugin.run.loading import choose_dtype
 
         with self.out.progress() as progress:
@@ -108,7 +108,8 @@ class Measuring:
                 dtype=choose_dtype(self.recipe, self.processes.device),
                 processes=self.processes,
                 json_path=self.out.json_file,
-                listener=Listener(self.out.note, progress),
+                note=self.out.note,
+                progress=progress,
             )
         if self.out.is_piped:
             self.out.write_json(rows)

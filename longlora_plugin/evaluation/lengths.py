@@ -127,7 +127,7 @@ class PerplexityByLength(Experiment):
             "edges": self._edges(cell["length"]),
         }
 
-    def can_keep(self, settings: str) -> bool:
+    def keeps(self, settings: str) -> bool:
         return self.tokens is None or settings in self.tokens.settings()
 
     def measure(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from longlora_plugin.evaluation.loading import LoadedModel, ModelSource
@@ -54,25 +53,12 @@ class Experiment:
         """
         raise NotImplementedError
 
-    def can_keep(self, settings: str) -> bool:
+    def keeps(self, settings: str) -> bool:
         """Whether a row of an earlier run with these settings is enough."""
         return True
 
     def finished(self, row: Row) -> None:
         """Called with each new row, on the main process."""
-
-
-@dataclass(frozen=True)
-class Listener:
-    """Who is told what happens.
-
-    Attributes:
-        note: what a user should know.
-        progress: what is measured now, and the share of all work that is done.
-    """
-
-    note: Callable[[str], None] = field(default=lambda note: None)
-    progress: Callable[[str, float], None] = field(default=lambda what, share: None)
 
 
 class Share:
@@ -108,23 +94,23 @@ def sweep(
     dtype: Any,
     processes: Processes,
     json_path: str | None = None,
-    listener: Listener | None = None,
+    note: Callable[[str], None] = lambda note: None,
+    progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> list[Row]:
     """Measure every cell of every model.
 
     Args:
         dtype: torch dtype to compute in.
         json_path: file of rows; None to keep nothing.
+        note: told what a user should know.
+        progress: told what is measured now, and the share of all work that is done.
 
     Raises:
         ValueError: the file is something else and would be lost.
     """
-    listener = listener or Listener()
-    file = ResultFile(json_path) if processes.main else ResultFile(None)
-    earlier = processes.from_main(
-        {settings: row for settings, row in file.by_settings().items() if
-         experiment.can_keep(settings)}
-    )  # fmt: skip
+    file = ResultFile(json_path if processes.main else None)
+    kept = file.by_settings().items()
+    earlier = processes.from_main({digest: row for digest, row in kept if experiment.keeps(digest)})
     where = {"dtype": str(dtype), "device": processes.device.partition(":")[0]}
     wanted: list[tuple[ModelSource, Cell, str]] = []
     for source in sources:
@@ -135,13 +121,16 @@ def sweep(
         ]
     rows: list[Row | None] = [earlier.get(settings) for _, _, settings in wanted]
     if found := sum(row is not None for row in rows):
-        listener.note(f"{found} of {len(rows)} rows were already in {json_path}")
+        note(f"{found} of {len(rows)} rows were already in {json_path}")
 
-    def finished() -> list[Row]:
-        return [row for row in rows if row is not None]
+    def save() -> list[Row]:
+        measured = [row for row in rows if row is not None]
+        cell = wanted[0][1] if wanted else {}
+        file.save(measured, ["model", *cell, "weights", "adapter", *experiment.question])
+        return measured
 
     missing = [cell for (_, cell, _), row in zip(wanted, rows, strict=True) if row is None]
-    share = Share(missing, listener.progress)
+    share = Share(missing, progress)
     model: LoadedModel | None = None
     for index, (source, cell, settings) in enumerate(wanted):
         if rows[index] is not None:
@@ -150,22 +139,14 @@ def sweep(
             model = None  # the last one's memory is free before the next one loads
             model = source.load(processes.device, dtype)
         try:
-            row = _row(experiment, model, cell, settings, processes, share)
+            rows[index] = row = _row(experiment, model, cell, settings, processes, share)
         except NotMeasurable as reason:
-            listener.note(str(reason))
+            note(str(reason))
             continue
-        rows[index] = row
         if processes.main:
             experiment.finished(row)
-            file.save(finished(), _question(experiment, wanted))
-    if processes.main:
-        file.save(finished(), _question(experiment, wanted))
-    return finished()
-
-
-def _question(experiment: Experiment, wanted: Sequence[tuple[ModelSource, Cell, str]]) -> list[str]:
-    cell = wanted[0][1] if wanted else {}
-    return ["model", *cell, "weights", "adapter", *experiment.question]
+            save()
+    return save()
 
 
 def _row(
