@@ -19,10 +19,17 @@ from longlora_plugin.doctor.machine import (
     unsupported_versions,
     versions,
 )
-from longlora_plugin.doctor.needs import judge
-from longlora_plugin.doctor.trials import NOT_TRIED, Trial, trials_for, tried
-from longlora_plugin.run.recipe import read_yaml
-from longlora_plugin.run.summary import Fact
+from longlora_plugin.doctor.trials import (
+    AFTER_EVALUATION,
+    NOT_TRIED,
+    WORKS,
+    Trial,
+    trials_for,
+    tried,
+)
+from longlora_plugin.run.needs import needs_of, unsupported_on
+from longlora_plugin.run.recipe import asks_for_longlora, read_yaml
+from longlora_plugin.run.summary import Fact, launch_facts
 
 
 @dataclass
@@ -83,10 +90,34 @@ def diagnose(
     diagnosis.notes += unsupported_extras(diagnosis.versions)
     if recipe is not None:
         progress(str(recipe))
-        diagnosis.recipe = str(recipe)
-        found = judge(recipe, trials, device)
-        diagnosis.findings = found.facts
-        diagnosis.problems += found.problems
-        diagnosis.notes += found.notes
+        _judge(recipe, diagnosis)
         diagnosis.runs = not diagnosis.problems
     return diagnosis
+
+
+def _judge(path: Path, diagnosis: Diagnosis) -> None:
+    """Check a recipe, and compare what it needs with what was tried on this machine."""
+    from longlora_plugin.recipes.check import check_recipe
+
+    found = check_recipe(path)
+    diagnosis.recipe, diagnosis.findings = str(path), found.facts
+    diagnosis.problems += found.problems
+    diagnosis.notes += found.notes
+    if found.run is None:
+        return  # the problems say why
+    recipe = found.run.recipe
+    if not asks_for_longlora(recipe):
+        why = "the recipe has neither adapter: longlora nor a longlora: block"
+        diagnosis.findings = [Fact("LongLoRA", False, why), *launch_facts(found.run)]
+    of_name = {trial.name: trial for trial in diagnosis.trials}
+    for name, key, instead, evaluated in needs_of(recipe):
+        trial = of_name.get(name + AFTER_EVALUATION * evaluated)
+        if trial is None:
+            continue
+        if trial.state == NOT_TRIED:
+            diagnosis.notes.append(f"{key} needs {trial.name}, which was not tried")
+        elif trial.state != WORKS:
+            diagnosis.problems.append(
+                f"{key}: {trial.name} does not work here ({trial.detail}); {instead}"
+            )
+    diagnosis.problems += unsupported_on(diagnosis.device, recipe)

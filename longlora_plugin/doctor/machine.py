@@ -33,26 +33,18 @@ def versions() -> dict[str, str | None]:
 
 def unsupported_versions(found: Mapping[str, str | None]) -> list[str]:
     """Which installed packages are not of a version that this package is made for."""
-    return [
-        f"{wanted.name} {found[wanted.name]} is installed; this package is made for "
-        f'{wanted.specifier}: pip install "{wanted.name}{wanted.specifier}"'
-        for wanted in _unmet(DISTRIBUTION, found)
-    ]
+    return list(_unmet(DISTRIBUTION, "this package", found))
 
 
 def unsupported_extras(found: Mapping[str, str | None]) -> list[str]:
     """Which installed optional packages are not of a version that the installed Axolotl allows."""
-    return [
-        f"{wanted.name} {found[wanted.name]} is installed; axolotl {found['axolotl']} is made for "
-        f'{wanted.specifier}: pip install "{wanted.name}{wanted.specifier}"'
-        for wanted in _unmet("axolotl", found, extra=True)
-    ]
+    return list(_unmet("axolotl", f"axolotl {found['axolotl']}", found, extra=True))
 
 
 def _unmet(
-    distribution: str, found: Mapping[str, str | None], *, extra: bool = False
-) -> Iterator[Requirement]:
-    """Requirements of an installed package that the versions found do not meet.
+    distribution: str, made: str, found: Mapping[str, str | None], *, extra: bool = False
+) -> Iterator[str]:
+    """What to do about requirements of an installed package that the versions found do not meet.
 
     Args:
         extra: those of its extras instead of those it always has.
@@ -66,9 +58,12 @@ def _unmet(
             asked = wanted.marker is not None and "extra ==" in str(wanted.marker)
         else:
             asked = wanted.marker is None or wanted.marker.evaluate()
-        installed = found.get(wanted.name)
-        if asked and installed and not wanted.specifier.contains(installed, prereleases=True):
-            yield wanted
+        version = found.get(wanted.name)
+        if asked and version and not wanted.specifier.contains(version, prereleases=True):
+            yield (
+                f"{wanted.name} {version} is installed; {made} is made for {wanted.specifier}: "
+                f'pip install "{wanted.name}{wanted.specifier}"'
+            )
 
 
 def this_device() -> dict[str, Any]:
