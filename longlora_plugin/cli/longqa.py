@@ -77,7 +77,7 @@ def _build(source: Path, out: Path, options: dict[str, Any], output: Output) -> 
     from longlora_plugin.longqa.build import Builder
     from longlora_plugin.longqa.endpoint import Endpoint
     from longlora_plugin.longqa.reader import Reader
-    from longlora_plugin.longqa.short import read_short
+    from longlora_plugin.longqa.row_files import read_short
 
     if (options["base_url"] is None) != (options["model"] is None):
         raise ValueError("--base-url and --model go together; give both, or neither")

@@ -8,7 +8,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from longlora_plugin.longqa.endpoint import (
     Endpoint,
     EndpointError,
-    EndpointStop,
     MalformedReply,
     Reply,
 )
@@ -101,8 +100,6 @@ class Asker:
         unit, attempt = self.running.pop(future)
         try:
             reply = future.result()
-        except EndpointStop as error:
-            raise Stop(str(error), EXIT_ENDPOINT) from None
         except EndpointError as error:
             spent = self._spent(unit, error.spent)
             if any(spent):
@@ -114,8 +111,7 @@ class Asker:
         else:
             self.in_a_row = 0
             spent = self._spent(unit, reply.spent)
-            pairs = self.composer.from_model(unit, reply.pairs)
-            self.journal.write("unit", unit.name, self.composer.entry(unit, pairs, spent))
+            self.journal.write("unit", unit.name, self.composer.entry(unit, reply.pairs, spent))
 
     def _spent(self, unit: Unit, spent: tuple[int, int] | None) -> tuple[int, int]:
         return spent if spent is not None else self.composer.estimate(unit)

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from longlora_plugin.longqa.asker import Asker
-from longlora_plugin.longqa.decoding import Unreadable
-from longlora_plugin.longqa.documents import find_files
+from longlora_plugin.longqa.documents import Unreadable, find_files
 from longlora_plugin.longqa.endpoint import Endpoint
 from longlora_plugin.longqa.journal import (
     CannotWrite,
@@ -32,7 +31,6 @@ from longlora_plugin.longqa.quality import SAME_DOCUMENT, NearDuplicates
 from longlora_plugin.longqa.reader import Reader
 from longlora_plugin.longqa.sections import windows
 from longlora_plugin.longqa.settings import (
-    EXIT_DISK,
     EXIT_DONE,
     EXIT_INCOMPLETE,
     EXIT_NOTHING,
@@ -102,15 +100,14 @@ class Builder:
         except Timeout:
             raise ValueError(f"another build is writing {self.out}; wait for it to end") from None
         except OSError as error:
-            report.stopped = f"{self.out.parent} cannot be written: {error.strerror}"
-            report.exit_code = EXIT_DISK
+            self._stop(CannotWrite(self.out.parent, error.strerror))
             return report
         try:
             with Journal(self.out, write=True) as journal, Interrupt() as interrupt:
                 self._check_settings(journal)
                 self._run(journal, interrupt)
-        except CannotWrite as error:
-            report.stopped, report.exit_code = str(error), EXIT_DISK
+        except Stop as stop:
+            self._stop(stop)
         finally:
             lock.release()
             Path(lock.lock_file).unlink(missing_ok=True)
@@ -120,6 +117,10 @@ class Builder:
             elif report.failed:
                 report.exit_code = EXIT_INCOMPLETE
         return report
+
+    def _stop(self, stop: Stop) -> None:
+        self.report.stopped, self.report.exit_code = str(stop), stop.exit_code
+        self.notify(self.report)
 
     def dry_run(self) -> Report:
         """What `run` would ask for and cost at most; asks nothing and writes nothing."""
@@ -183,8 +184,7 @@ class Builder:
             if asker is not None:
                 asker.finish()
         except Stop as stop:
-            report.stopped, report.exit_code = str(stop), stop.exit_code
-            self.notify(report)
+            self._stop(stop)
         finally:
             if asker is not None:
                 asker.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from longlora_plugin.longqa.options import option
@@ -14,6 +15,10 @@ KINDS = ("paper", "book", "report")
 
 TEXT_PER_FILE = 4
 """A file may give this many times the size limit as text; more is a decompression bomb."""
+
+
+class Unreadable(ValueError):
+    """Why one file gives no document; its message goes to the report."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,6 @@ class Document:
         kind: one of KINDS.
         title: what the file calls itself, else its name.
         breaks: (character offset in `text`, title) of sections that the format itself declares.
-        digest: SHA-256 of the text with runs of white space made one space, in hex.
     """
 
     name: str
@@ -36,11 +40,11 @@ class Document:
     kind: str
     title: str
     breaks: tuple[tuple[int, str | None], ...] = ()
-    digest: str = field(default="")
 
-    def __post_init__(self) -> None:
-        flat = " ".join(self.text.split())
-        object.__setattr__(self, "digest", hashlib.sha256(flat.encode()).hexdigest())
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the text with runs of white space made one space, in hex."""
+        return hashlib.sha256(" ".join(self.text.split()).encode()).hexdigest()
 
 
 def find_files(source: Path) -> list[Path]:

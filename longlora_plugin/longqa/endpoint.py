@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from longlora_plugin.longqa.optional import require
 from longlora_plugin.longqa.options import option
+from longlora_plugin.longqa.settings import EXIT_ENDPOINT
+from longlora_plugin.longqa.stopping import Stop
+from longlora_plugin.longqa.tasks import Pair
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 PROMPT_TOKENS = 400
@@ -44,10 +46,6 @@ class EndpointError(Exception):
 
 class MalformedReply(EndpointError):
     """The reply is not the JSON asked for; another try may bring it."""
-
-
-class EndpointStop(Exception):
-    """No request can succeed: a wrong key, a wrong address, an unknown model."""
 
 
 # Strict mode wants objects closed; a server without it may still send more, which is ignored.
@@ -83,7 +81,7 @@ class ModelPairs(BaseModel):
 class Reply:
     """Pairs of one request, and its tokens as the endpoint reports them (None: not reported)."""
 
-    pairs: list[ModelPair]
+    pairs: list[Pair]
     spent: tuple[int, int] | None
 
 
@@ -165,18 +163,7 @@ class Endpoint:
             timeout=requests.timeout,
             max_retries=requests.retries,
         )
-        self._options: dict[str, Any] = {
-            "temperature": requests.temperature,
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {
-                    "name": "pairs",
-                    "schema": ModelPairs.model_json_schema(),
-                    "strict": True,
-                },
-            },
-        }
-        self._lock = threading.Lock()
+        self._unknown: set[str] = set()
 
     def ask(self, document: str, kind: str, wanted: int, seed: int) -> Reply:
         """Ask for `wanted` pairs about `document`.
@@ -185,7 +172,7 @@ class Endpoint:
             seed: passed on; servers that can then repeat themselves.
 
         Raises:
-            EndpointStop: no further request can succeed.
+            Stop: no further request can succeed: a wrong key or address, an unknown model.
             MalformedReply: the reply is not what was asked for.
             EndpointError: this request failed, after all retries.
         """
@@ -210,7 +197,11 @@ class Endpoint:
             if choices[0].finish_reason == "length":
                 why = f"cut at {self.answer_tokens * wanted} tokens; raise --answer-tokens"
             raise MalformedReply(f"the reply is not the JSON asked for: {why}", spent) from None
-        return Reply(pairs.pairs, spent)
+        found = [
+            Pair("model", pair.question, pair.answer, tuple(pair.evidence))
+            for pair in pairs.pairs[:wanted]
+        ]
+        return Reply(found, spent)
 
     def clean(self, message: str) -> str:
         """`message` without the API key."""
@@ -220,34 +211,29 @@ class Endpoint:
     def _complete(self, messages: list[dict[str, str]], wanted: int, seed: int) -> Any:
         openai = self._openai
         try:
-            for _ in range(len(_OPTIONAL) + 1):
-                sent = dict(self._options)
-                options = {
-                    name: value
-                    for name, value in sent.items()
-                    if name not in _OURS and value is not None
-                }
-                options[sent.get("limit", "max_tokens")] = self.answer_tokens * wanted
-                if sent.get("seeded", True):
-                    options["seed"] = seed
+            while True:
+                options = self._options(wanted, seed)
                 try:
                     return self._client.chat.completions.create(
                         model=self.model, messages=messages, **options
                     )
                 except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                    if not self._do_without(str(error), sent):
+                    named = {_COMPLAINTS[word] for word in _COMPLAINTS if word in str(error)}
+                    if not named & options.keys():
                         raise
-            raise EndpointError("the server refuses one option after another")
+                    self._unknown |= named
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise EndpointStop(
+            raise Stop(
                 f"{self.base_url} refuses the key (HTTP {error.status_code}): "
                 f"{self._said(error)}; export {KEY_VARIABLE}=<key>, or name the variable "
-                "that holds it with --api-key-env"
+                "that holds it with --api-key-env",
+                EXIT_ENDPOINT,
             ) from None
         except openai.NotFoundError as error:
-            raise EndpointStop(
+            raise Stop(
                 f"{self.base_url} does not know the model {self.model!r} or the address is wrong "
-                f"(HTTP 404): {self._said(error)}"
+                f"(HTTP 404): {self._said(error)}",
+                EXIT_ENDPOINT,
             ) from None
         except openai.APITimeoutError:
             raise EndpointError(
@@ -267,17 +253,17 @@ class Endpoint:
                 f"the server's reply is no valid JSON: {self.clean(str(error))[:160]}", spent=None
             ) from None
 
-    def _do_without(self, message: str, sent: dict[str, Any]) -> bool:
-        """Drop the first option of `sent` that the server's complaint names; False: it names none.
-
-        Other threads may have dropped it meanwhile; then trying again is all there is to do.
-        """
-        for word, name, value in _OPTIONAL:
-            if word in message and sent.get(name) != value:
-                with self._lock:
-                    self._options = {**self._options, name: value}
-                return True
-        return False
+    def _options(self, wanted: int, seed: int) -> dict[str, Any]:
+        """What is asked for in addition, without what the server has said that it does not know."""
+        limit = self.answer_tokens * wanted
+        options = {
+            "temperature": self.requests.temperature,
+            "seed": seed,
+            "max_tokens": limit,
+            "response_format": _FORM,
+        }
+        known = {name: value for name, value in options.items() if name not in self._unknown}
+        return known if "max_tokens" in known else {**known, "max_completion_tokens": limit}
 
     def _said(self, error: Any) -> str:
         body = error.body if isinstance(error.body, Mapping) else {}
@@ -285,18 +271,20 @@ class Endpoint:
         return " ".join(self.clean(str(said)).split())[:200]
 
 
-_OURS = ("limit", "seeded")
+_FORM = {
+    "type": "json_schema",
+    "json_schema": {"name": "pairs", "schema": ModelPairs.model_json_schema(), "strict": True},
+}
 
-# What a server may not know: a word of its complaint, the option, and what to send instead.
-# OpenAI's newer models want another name for the limit; small servers have no schemas.
-_OPTIONAL: tuple[tuple[str, str, Any], ...] = (
-    ("max_completion_tokens", "limit", "max_completion_tokens"),
-    ("response_format", "response_format", None),
-    ("json_schema", "response_format", None),
-    ("temperature", "temperature", None),
-    ("seed", "seeded", False),
-)
-
+# What a server may not know: a word of its complaint, and the option. OpenAI's newer models want
+# another name for the limit; small servers have no schemas.
+_COMPLAINTS = {
+    "max_completion_tokens": "max_tokens",
+    "response_format": "response_format",
+    "json_schema": "response_format",
+    "temperature": "temperature",
+    "seed": "seed",
+}
 
 _ASK = {
     "paper": "what was done, how, and what was found",

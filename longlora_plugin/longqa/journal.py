@@ -17,19 +17,23 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+from longlora_plugin.longqa.settings import EXIT_DISK
+from longlora_plugin.longqa.stopping import Stop
+
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS steps (kind TEXT, name TEXT, content TEXT NOT NULL, "
     "PRIMARY KEY (kind, name))"
 )
 
 
-class CannotWrite(Exception):
+class CannotWrite(Stop):
     """The disk is full or a file cannot be written; what was finished before is kept."""
 
     def __init__(self, path: Path, why: object) -> None:
         super().__init__(
             f"{path} cannot be written: {why}; what was finished before is kept, so free some "
-            "space and give the same command again"
+            "space and give the same command again",
+            EXIT_DISK,
         )
 
 
@@ -69,7 +73,7 @@ class Journal:
         spent: (prompt, completion) tokens of all runs.
 
     Raises:
-        ValueError: the record is damaged, or of an earlier version.
+        ValueError: the record is damaged.
         CannotWrite: it cannot be made.
     """
 
@@ -82,12 +86,6 @@ class Journal:
         self.short_tokens: dict[str, int] = {}
         self.spent = (0, 0)
         self._steps = 0
-        earlier = self.path.with_suffix(".jsonl")
-        if earlier.exists() and not self.path.exists():
-            raise ValueError(
-                f"{earlier} is a record of an earlier version; finish {out.name} with that "
-                "version, or write to another file"
-            )
         place = self.path if write or self.path.exists() else ":memory:"
         try:
             self._database = sqlite3.connect(place, isolation_level=None)

@@ -14,8 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.longqa.decoding import Unreadable, decode
-from longlora_plugin.longqa.documents import Document, Limits
+from longlora_plugin.longqa.documents import Document, Limits, Unreadable
 from longlora_plugin.longqa.optional import INSTALL
 from longlora_plugin.longqa.scripts import join_lines, width
 
@@ -72,7 +71,45 @@ def read_document(path: Path, name: str, form: str, limits: Limits) -> Document:
 
 def _parse_text(path: Path, limits: Limits) -> tuple[str, str | None, Breaks]:
     with path.open("rb") as stream:
-        return decode(stream.read(limits.max_bytes), limits.encoding), None, []
+        return _decode(stream.read(limits.max_bytes), limits.encoding), None, []
+
+
+def _decode(raw: bytes, encoding: str | None) -> str:
+    """Text of `raw`: UTF-8 (with or without a mark), else `encoding`, else what is detected."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        name = encoding or _detect(raw)
+        try:
+            text = raw.decode(name or "ascii").removeprefix("\ufeff")
+        except (UnicodeDecodeError, LookupError):
+            raise Unreadable(
+                f"is neither UTF-8 nor {name}; save it as UTF-8"
+                if name
+                else "is in no known encoding (it may not be text); save it as UTF-8"
+            ) from None
+    strange = sum(1 for char in text[:200_000] if not (char.isprintable() or char in "\t\n\r\f"))
+    if strange > 0.01 * min(len(text), 200_000):
+        raise Unreadable("is binary, not text")
+    return text
+
+
+def _detect(raw: bytes) -> str | None:
+    from chardet import detect
+
+    wide = b"\x00" in raw[:1000] or raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if wide:
+        return detect(raw[:100_000])["encoding"]
+    # Only lines beyond ASCII tell encodings apart, and they may come late in a long file.
+    telling = b"\n".join(re.findall(rb"[^\n]*[\x80-\xff][^\n]*", raw)[:2000])
+    found = detect(telling[:100_000])["encoding"]
+    foreign = len(re.findall(rb"[\x80-\xff]", raw))
+    if found and foreign < 0.04 * len(raw):
+        # A few quotation marks and dashes are too little to judge by; this is what they mostly are.
+        with contextlib.suppress(UnicodeDecodeError):
+            raw.decode("cp1252")
+            return "cp1252"
+    return found
 
 
 def _parse_pdf(path: Path, limits: Limits) -> tuple[str, str | None, Breaks]:

@@ -17,8 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from longlora_plugin.longqa.decoding import Unreadable
-from longlora_plugin.longqa.documents import Document, Limits
+from longlora_plugin.longqa.documents import Document, Limits, Unreadable
 from longlora_plugin.longqa.parsers import prepare_worker, read_document
 
 _FORMATS = {

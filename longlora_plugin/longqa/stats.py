@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longlora_plugin.longqa.journal import Journal, line_of, provenance_path, row_name
+from longlora_plugin.longqa.journal import Journal, provenance_path, row_name
+from longlora_plugin.longqa.row_files import read_rows
 from longlora_plugin.longqa.units import token_count
 from longlora_plugin.longqa.wordings import SPECIAL_TOKENS, as_trained, row_texts
 
@@ -104,15 +104,11 @@ def describe(path: Path, tokenizer: Any = None) -> tuple[list[Described], dict[s
     rows: list[Described] = []
     pending: list[tuple[Described, str]] = []
     damaged: dict[str, str] = {}
-    for where, line in _lines_of(path):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("is not an object")
-            asked, answered = row_texts(row)
-        except (ValueError, RecursionError) as error:
-            damaged[f"{path}, {where}"] = str(error).split("\n")[0][:160]
+    for where, line, row in read_rows(path):
+        if isinstance(row, str):
+            damaged[f"{path}, {where}"] = row.split("\n")[0][:160]
             continue
+        asked, answered = row_texts(row)
         name = row_name(line)
         facts = known.get(name, {})
         described = Described(
@@ -133,25 +129,6 @@ def describe(path: Path, tokenizer: Any = None) -> tuple[list[Described], dict[s
             _measure(pending, count)
     _measure(pending, count)
     return rows, damaged
-
-
-def _lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(where it is, JSON) of every row: of JSONL, or of one JSON list as LongAlpaca-12k is."""
-    try:
-        with path.open("rb") as stream:
-            if stream.read(1) == b"[":
-                stream.seek(0)
-                for number, row in enumerate(json.load(stream), 1):
-                    yield f"row {number}", line_of(row)
-                return
-            stream.seek(0)
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield f"line {number}", line
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} begins a JSON list, but is not JSON: {error}") from None
 
 
 def _measure(pending: list[tuple[Described, str]], count: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from longlora_plugin.longqa import tasks
 from longlora_plugin.longqa.documents import KINDS, Document
-from longlora_plugin.longqa.endpoint import PROMPT_TOKENS, ModelPair
+from longlora_plugin.longqa.endpoint import PROMPT_TOKENS
 from longlora_plugin.longqa.journal import line_of, row_name
 from longlora_plugin.longqa.quality import has_evidence
 from longlora_plugin.longqa.sections import Count, Window
@@ -111,13 +111,6 @@ class Composer:
         pairs = tasks.make_pairs(material, settings.questions, rng, settings.tasks)
         entry = self.entry(unit, pairs)
         return entry if pairs else {**entry, "why": tasks.why_none(material, settings.tasks)}
-
-    def from_model(self, unit: Unit, answer: Sequence[ModelPair]) -> list[tasks.Pair]:
-        """Pairs of a model's answer as they are checked and written."""
-        return [
-            tasks.Pair("model", pair.question, pair.answer, tuple(pair.evidence))
-            for pair in answer[: self.settings.questions]
-        ]
 
     def entry(
         self, unit: Unit, pairs: Sequence[tasks.Pair], spent: tuple[int, int] | None = None

@@ -80,12 +80,14 @@ def as_row(layout: str, instruction: str, output: str) -> dict[str, Any]:
     }
 
 
-def row_texts(row: dict[str, Any]) -> tuple[str, str]:
+def row_texts(row: Any) -> tuple[str, str]:
     """What a row asks and what it answers, in either layout.
 
     Raises:
         ValueError: the row is in neither layout.
     """
+    if not isinstance(row, dict):
+        raise ValueError(f"is {row!r:.60}, not an object")
     turns = row.get("messages")
     if (
         isinstance(turns, list)

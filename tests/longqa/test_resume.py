@@ -123,16 +123,6 @@ def test_a_damaged_record_is_refused_and_nothing_is_changed(build, stories, tmp_
     assert (out.read_bytes(), record.read_bytes()) == before
 
 
-def test_the_record_of_an_earlier_version_is_named_and_left_alone(build, stories, tmp_path):
-    out, record = tmp_path / "a.jsonl", tmp_path / "a.provenance.jsonl"
-    out.write_text("{}\n")
-    record.write_text("{}\n")
-    result = build(stories, out)
-    assert result.exit_code == 2
-    assert "is a record of an earlier version" in " ".join(result.output.split())
-    assert (out.read_text(), record.read_text()) == ("{}\n", "{}\n")
-
-
 @pytest.mark.parametrize("room", [0, 1, 7, 12])
 def test_a_full_disk_keeps_what_is_finished_and_the_next_run_goes_on(
     build, stories, tmp_path, monkeypatch, room

@@ -7,7 +7,7 @@ import json
 import pytest
 from longqa_material import rows
 
-from longlora_plugin.longqa.short import read_short
+from longlora_plugin.longqa.row_files import read_short
 
 for package in ("sentencex", "datasketch"):
     pytest.importorskip(package)
@@ -40,7 +40,7 @@ def test_short_instructions_get_their_share_all_along_the_file(build, stories, t
         ("not json\n", "is not JSON"),
         ('{"question": "a"}\n', r"row 1 has the keys \['question'\]"),
         ("[1]", "row 1 is 1"),
-        ("[" * 100_000, "is not JSON or JSONL"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_wrong_file_of_short_instructions_says_where(tmp_path, content, says):

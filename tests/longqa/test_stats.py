@@ -132,7 +132,7 @@ def test_one_json_list_is_read_as_longalpaca_has_it(tmp_path):
     path.write_text(json.dumps([*listed, 5], indent=2))
     described, damaged = describe(path)
     assert len(described) == 3
-    assert list(damaged.values()) == ["is not an object"]
+    assert list(damaged.values()) == ["is 5, not an object"]
     path.write_text("[{")
     with pytest.raises(ValueError, match="begins a JSON list, but is not JSON"):
         describe(path)
