@@ -128,7 +128,7 @@ class Builder:
         self._check_settings(journal, write=False)
         prompt = completion = 0
         for unit in self._units(journal, write=False):
-            if unit.name not in journal.units:
+            if unit.name not in journal.steps["unit"]:
                 self.report.to_ask += 1
                 if self.endpoint is not None:
                     most = self.composer.estimate(unit)
@@ -145,7 +145,8 @@ class Builder:
             "short": hashlib.sha256(json.dumps(list(self.short)).encode()).hexdigest()[:16],
             "version": _RECORD_VERSION,
         }
-        if journal.settings is None:
+        begun = journal.steps["settings"].get("")
+        if begun is None:
             if self.out.exists() and self.out.stat().st_size:
                 raise ValueError(
                     f"{self.out} exists and was not made by this command (no "
@@ -153,11 +154,11 @@ class Builder:
                 )
             if write:
                 journal.write("settings", "", now)
-        elif journal.settings != now:
+        elif begun != now:
             changed = [
-                f"{name}: it has {journal.settings.get(name)!r}, now {value!r}"
+                f"{name}: it has {begun.get(name)!r}, now {value!r}"
                 for name, value in now.items()
-                if journal.settings.get(name) != value
+                if begun.get(name) != value
             ]
             raise ValueError(
                 f"{self.out} was begun with other settings ({'; '.join(changed)}); "
@@ -175,7 +176,7 @@ class Builder:
             for unit in self._units(journal):
                 interrupt.check()
                 waiting.append(unit)
-                if unit.name not in journal.units:
+                if unit.name not in journal.steps["unit"]:
                     if asker is None:
                         journal.write("unit", unit.name, composer.from_text(unit))
                     else:
@@ -201,7 +202,7 @@ class Builder:
         """Write the units at the head that are finished; without an asker, all that are."""
         while waiting:
             unit = waiting[0]
-            entry = journal.units.get(unit.name)
+            entry = journal.steps["unit"].get(unit.name)
             if entry is None and asker is not None and not asker.gave_up(unit):
                 return
             waiting.popleft()
@@ -215,7 +216,10 @@ class Builder:
         files = [path for path in find_files(self.source) if not self._is_ours(path)]
         named = [(self._name_of(path), path) for path in files]
         # Documents of an earlier run first: a new one must not push an old one out as a duplicate.
-        named.sort(key=lambda entry: (entry[0] not in journal.splits, entry[0]))
+        splits: dict[str, str] = {}
+        for earlier in journal.steps["document"].values():
+            splits.setdefault(earlier["name"], earlier["split"])
+        named.sort(key=lambda entry: (entry[0] not in splits, entry[0]))
         texts = NearDuplicates(SAME_DOCUMENT, sample=8)
         exact: dict[str, str] = {}
         for name, path in named:
@@ -225,20 +229,20 @@ class Builder:
                 report.skipped[name] = str(error)
                 self.notify(report)
                 continue
-            earlier = exact.get(document.digest) or texts.find(document.text)
-            if earlier:
-                report.duplicates[name] = earlier
+            same = exact.get(document.digest) or texts.find(document.text)
+            if same:
+                report.duplicates[name] = same
                 continue
             exact[document.digest] = name
             texts.add(name, document.text)
             report.documents += 1
-            split = journal.splits.get(name) or self.composer.split_of(document)
+            split = splits.get(name) or self.composer.split_of(document)
             cut, left_out = windows(
                 document, self.composer.window_budget, self.composer.count, self.settings.language
             )
             report.windows += len(cut)
             report.left_out += left_out
-            if write and document.digest not in journal.documents:
+            if write and document.digest not in journal.steps["document"]:
                 journal.write(
                     "document",
                     document.digest,

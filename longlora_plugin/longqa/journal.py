@@ -20,6 +20,9 @@ from typing import Any
 from longlora_plugin.longqa.settings import EXIT_DISK
 from longlora_plugin.longqa.stopping import Stop
 
+KINDS = ("settings", "document", "unit", "spent", "short")
+"""Kinds of steps."""
+
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS steps (kind TEXT, name TEXT, content TEXT NOT NULL, "
     "PRIMARY KEY (kind, name))"
@@ -65,11 +68,7 @@ class Journal:
         write: whether steps will be recorded; otherwise no file is made.
 
     Attributes:
-        settings: of the build that began it; None where there is no record yet.
-        documents: digests of the documents recorded.
-        splits: document name → `train` or `validation`.
-        units: unit name → what was recorded of it.
-        short_tokens: name of each short row mixed in → its tokens.
+        steps: kind of step → its name → what was recorded of it.
         spent: (prompt, completion) tokens of all runs.
 
     Raises:
@@ -79,13 +78,8 @@ class Journal:
 
     def __init__(self, out: Path, *, write: bool = False) -> None:
         self.path = provenance_path(out)
-        self.settings: dict[str, Any] | None = None
-        self.documents: set[str] = set()
-        self.splits: dict[str, str] = {}
-        self.units: dict[str, dict[str, Any]] = {}
-        self.short_tokens: dict[str, int] = {}
+        self.steps: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
         self.spent = (0, 0)
-        self._steps = 0
         place = self.path if write or self.path.exists() else ":memory:"
         try:
             self._database = sqlite3.connect(place, isolation_level=None)
@@ -104,16 +98,7 @@ class Journal:
             ) from None
 
     def _take(self, kind: str, name: str, content: Any) -> None:
-        self._steps += 1
-        if kind == "settings":
-            self.settings = content
-        elif kind == "document":
-            self.documents.add(name)
-            self.splits.setdefault(content["name"], content["split"])
-        elif kind == "unit":
-            self.units[name] = content
-        elif kind == "short":
-            self.short_tokens[name] = content
+        self.steps[kind][name] = content
         spent = content if kind == "spent" else kind == "unit" and content.get("spent")
         if spent:
             self.spent = (self.spent[0] + spent[0], self.spent[1] + spent[1])
@@ -129,7 +114,7 @@ class Journal:
 
     def write_spent(self, unit: str, spent: tuple[int, int]) -> None:
         """Record tokens that a reply without use took."""
-        self.write("spent", f"{unit} {self._steps}", list(spent))
+        self.write("spent", f"{unit} {len(self.steps['spent'])}", list(spent))
 
     def __enter__(self) -> Journal:
         return self

@@ -145,9 +145,9 @@ def _record(path: Path) -> dict[str, dict[str, Any]]:
     journal = Journal(path)
     known: dict[str, dict[str, Any]] = {
         name: {"kind": "short", "task": "short", "tokens": tokens}
-        for name, tokens in journal.short_tokens.items()
+        for name, tokens in journal.steps["short"].items()
     }
-    for unit in journal.units.values():
+    for unit in journal.steps["unit"].values():
         for pair in unit["pairs"]:
             known[pair["row"]] = {
                 "kind": unit["kind"],

@@ -31,7 +31,7 @@ class Writer:
             "validation": Rows(validation_path(out)),
         }
         self.pairs = NearDuplicates(composer.settings.similar)
-        for entry in journal.units.values():
+        for entry in journal.steps["unit"].values():
             for pair in entry["pairs"]:
                 if pair["row"] in self.rows[entry["split"]].names:
                     self.pairs.add(pair["row"], _says(pair))
@@ -69,7 +69,7 @@ class Writer:
             line, tokens = self.short[self.short_used]
             self.short_used += 1
             name = row_name(line)
-            if name not in self.journal.short_tokens:
+            if name not in self.journal.steps["short"]:
                 self.journal.write("short", name, tokens)
             if name not in self.rows["train"].names:
                 self.rows["train"].append(line)
