@@ -81,11 +81,8 @@ def _build(source: Path, out: Path, options: dict[str, Any], output: Output) -> 
 
     if (options["base_url"] is None) != (options["model"] is None):
         raise ValueError("--base-url and --model go together; give both, or neither")
-    for name in ("max_tokens", "api_key_env"):
-        if options[name] is not None and options["base_url"] is None:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is about a model; add --base-url, --model"
-            )
+    if options["max_tokens"] is not None and options["base_url"] is None:
+        raise ValueError("--max-tokens is about a model; add --base-url, --model")
     if options["short_share"] is not None and options["short"] is None:
         raise ValueError("--short-share needs --short FILE, the short instructions")
     if options["short_share"] is None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,35 +84,14 @@ class Reply:
     spent: tuple[int, int] | None
 
 
-def read_key(variable: str | None) -> str | None:
-    """The API key from the environment; None where none is set and none was asked for.
-
-    Args:
-        variable: name given by the user; None: KEY_VARIABLE, which may be unset (local servers).
-
-    Raises:
-        ValueError: the variable named is not set, or what was given is no variable name.
-    """
-    if variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
-        raise ValueError(
-            "--api-key-env takes the name of an environment variable, never the key itself; "
-            f"write --api-key-env {KEY_VARIABLE}"
-        )
-    key = os.environ.get(variable or KEY_VARIABLE)
-    if variable is not None and not key:
-        raise ValueError(f"--api-key-env {variable}: it is not set; run export {variable}=<key>")
-    return key or None
-
-
 @dataclass(frozen=True)
 class Requests:
     """How a model is asked; every field is the option that its help describes."""
 
     base_url: str | None = option(
-        None, "OpenAI-compatible endpoint, up to /v1; without it no model is asked."
-    )
-    api_key_env: str | None = option(
-        None, f"Name of the environment variable with the API key.  [default: {KEY_VARIABLE}]"
+        None,
+        f"OpenAI-compatible endpoint, up to /v1; without it no model is asked. {KEY_VARIABLE}, an "
+        "environment variable, has its key.",
     )
     concurrency: int = option(4, "Requests at once.", min=1)
     retries: int = option(5, "Tries again, with back-off, after time-outs, 429 and 5xx.", min=0)
@@ -138,12 +116,12 @@ class Endpoint:
 
     def __init__(self, requests: Requests, model: str, answer_tokens: int) -> None:
         base_url = requests.base_url or ""
-        key = read_key(requests.api_key_env)
+        key = os.environ.get(KEY_VARIABLE)  # none is set for a local server
         address = urlsplit(base_url)
         if address.username or address.password:
             raise ValueError(
                 "--base-url must not hold a user name or password, which would be logged; "
-                "put the key in the environment (--api-key-env)"
+                f"put the key in the environment variable {KEY_VARIABLE}"
             )
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ValueError(
@@ -225,8 +203,7 @@ class Endpoint:
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise Stop(
                 f"{self.base_url} refuses the key (HTTP {error.status_code}): "
-                f"{self._said(error)}; export {KEY_VARIABLE}=<key>, or name the variable "
-                "that holds it with --api-key-env",
+                f"{self._said(error)}; export {KEY_VARIABLE}=<key>",
                 EXIT_ENDPOINT,
             ) from None
         except openai.NotFoundError as error:

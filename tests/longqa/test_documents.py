@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from longqa_material import epub, pdf, pdf_bomb, story
 
-from longlora_plugin.longqa.documents import Unreadable
-from longlora_plugin.longqa.documents import Limits, find_files
+from longlora_plugin.longqa.documents import Limits, Unreadable, find_files
 from longlora_plugin.longqa.reader import Reader
 from longlora_plugin.longqa.sections import split_sections
 

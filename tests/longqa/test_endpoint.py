@@ -16,7 +16,6 @@ from longqa_material import (
     rows,
 )
 
-from longlora_plugin.longqa.endpoint import read_key
 from longlora_plugin.longqa.journal import provenance_path
 
 for package in ("openai", "sentencex", "datasketch"):
@@ -73,22 +72,6 @@ def test_the_key_goes_to_the_server_and_nowhere_else(ask, tmp_path, caplog):
     )
     assert KEY not in everything
     assert "***" in everything
-
-
-def test_a_key_of_another_name_is_read_from_the_environment(ask, monkeypatch):
-    monkeypatch.setenv("OTHER_KEY", "sk-other-0123456789")
-    with Stub() as stub:
-        assert ask(stub.url, "--api-key-env", "OTHER_KEY").exit_code == 0
-    assert set(stub.keys) == {"Bearer sk-other-0123456789"}
-
-
-@pytest.mark.parametrize(
-    ("name", "says"), [("sk-proj-secret", "never the key itself"), ("NOT_SET_HERE", "is not set")]
-)
-def test_a_wrong_name_for_the_key_is_refused_without_repeating_a_key(name, says):
-    with pytest.raises(ValueError, match=says) as caught:
-        read_key(name)
-    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["http://user:hunter2@localhost/v1", "localhost:8000", "ftp://x/"])
