@@ -79,7 +79,9 @@ def _decode(raw: bytes, encoding: str | None) -> str:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        name = encoding or _detect(raw)
+        from chardet import detect
+
+        name = encoding or detect(raw, max_bytes=len(raw))["encoding"]
         try:
             text = raw.decode(name or "ascii").removeprefix("\ufeff")
         except (UnicodeDecodeError, LookupError):
@@ -92,24 +94,6 @@ def _decode(raw: bytes, encoding: str | None) -> str:
     if strange > 0.01 * min(len(text), 200_000):
         raise Unreadable("is binary, not text")
     return text
-
-
-def _detect(raw: bytes) -> str | None:
-    from chardet import detect
-
-    wide = b"\x00" in raw[:1000] or raw.startswith((b"\xff\xfe", b"\xfe\xff"))
-    if wide:
-        return detect(raw[:100_000])["encoding"]
-    # Only lines beyond ASCII tell encodings apart, and they may come late in a long file.
-    telling = b"\n".join(re.findall(rb"[^\n]*[\x80-\xff][^\n]*", raw)[:2000])
-    found = detect(telling[:100_000])["encoding"]
-    foreign = len(re.findall(rb"[\x80-\xff]", raw))
-    if found and foreign < 0.04 * len(raw):
-        # A few quotation marks and dashes are too little to judge by; this is what they mostly are.
-        with contextlib.suppress(UnicodeDecodeError):
-            raw.decode("cp1252")
-            return "cp1252"
-    return found
 
 
 def _parse_pdf(path: Path, limits: Limits) -> tuple[str, str | None, Breaks]:
