@@ -249,7 +249,6 @@ class Builder:
                     {
                         "name": name,
                         "kind": document.kind,
-                        "title": document.title,
                         "split": split,
                         "windows": len(cut),
                     },

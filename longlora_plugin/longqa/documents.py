@@ -30,16 +30,14 @@ class Document:
         text: normalised text; paragraphs are separated by an empty line.
         style: `plain` or `markdown`: how sections are found.
         kind: one of KINDS.
-        title: what the file calls itself, else its name.
-        breaks: (character offset in `text`, title) of sections that the format itself declares.
+        breaks: where sections begin that the format itself declares, as character offsets.
     """
 
     name: str
     text: str
     style: str
     kind: str
-    title: str
-    breaks: tuple[tuple[int, str | None], ...] = ()
+    breaks: tuple[int, ...] = ()
 
     @cached_property
     def digest(self) -> str:

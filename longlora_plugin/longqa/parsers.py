@@ -10,7 +10,6 @@ import re
 import signal
 import statistics
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from longlora_plugin.longqa.scripts import join_lines, width
 WORKER_MEMORY_BYTES = 4 << 30
 _PR_SET_PDEATHSIG = 1
 
-Breaks = list[tuple[int, str | None]]
+Parsed = tuple[str, list[int]]
+"""A text, and the offsets in it at which sections begin."""
 
 
 def prepare_worker() -> None:
@@ -49,13 +49,13 @@ def read_document(path: Path, name: str, form: str, limits: Limits) -> Document:
         Unreadable: says why.
     """
     try:
-        text, title, breaks = _PARSERS[form](path, limits)
+        text, breaks = _PARSERS[form](path, limits)
         if len(text) > limits.max_text:
             raise Unreadable(
                 f"gives more than {limits.max_text:,} characters of text; split it, or raise "
                 "--max-file-mb"
             )
-        return _document(name, form, text, title, breaks, limits.kind)
+        return _document(name, form, text, breaks, limits.kind)
     except Unreadable:
         raise
     except OSError as error:
@@ -69,9 +69,9 @@ def read_document(path: Path, name: str, form: str, limits: Limits) -> Document:
         raise Unreadable(f"is not a readable {form.upper()} file: {said}") from None
 
 
-def _parse_text(path: Path, limits: Limits) -> tuple[str, str | None, Breaks]:
+def _parse_text(path: Path, limits: Limits) -> Parsed:
     with path.open("rb") as stream:
-        return _decode(stream.read(limits.max_bytes), limits.encoding), None, []
+        return _decode(stream.read(limits.max_bytes), limits.encoding), []
 
 
 def _decode(raw: bytes, encoding: str | None) -> str:
@@ -96,7 +96,7 @@ def _decode(raw: bytes, encoding: str | None) -> str:
     return text
 
 
-def _parse_pdf(path: Path, limits: Limits) -> tuple[str, str | None, Breaks]:
+def _parse_pdf(path: Path, limits: Limits) -> Parsed:
     from pypdf import PdfReader
     from pypdf.errors import DependencyError, LimitReachedError
 
@@ -120,15 +120,13 @@ def _parse_pdf(path: Path, limits: Limits) -> tuple[str, str | None, Breaks]:
     for text in pages:
         starts.append(offset)
         offset += len(text) + 2 if text else 0
-    breaks: dict[int, str | None] = {
-        starts[page]: name for page, name in _outline(reader) if page < len(starts)
-    }
-    title = reader.metadata.title if reader.metadata else None
-    return "\n\n".join(filter(None, pages)), title, sorted(breaks.items())
+    breaks = {starts[page] for page in _outline(reader) if page < len(starts)}
+    return "\n\n".join(filter(None, pages)), sorted(breaks)
 
 
-def _outline(reader: Any) -> list[tuple[int, str]]:
-    found: list[tuple[int, str]] = []
+def _outline(reader: Any) -> list[int]:
+    """Pages on which a section begins."""
+    found: list[int] = []
 
     def walk(entries: list[Any]) -> None:
         for entry in entries:
@@ -137,12 +135,12 @@ def _outline(reader: Any) -> list[tuple[int, str]]:
                 continue
             page = reader.get_destination_page_number(entry)
             if page is not None and page >= 0:
-                found.append((page, str(entry.title)))
+                found.append(page)
 
-    # A damaged outline costs the section titles, never the text.
+    # A damaged outline costs the sections, never the text.
     with contextlib.suppress(Exception):
         walk(reader.outline)
-    return found[::-1]
+    return found
 
 
 def _reflow_page(text: str) -> str:
@@ -170,7 +168,7 @@ def _reflow_page(text: str) -> str:
     return "\n\n".join(paragraphs)
 
 
-def _parse_html(path: Path, limits: Limits) -> tuple[str, str | None, Breaks]:
+def _parse_html(path: Path, limits: Limits) -> Parsed:
     from markitdown import StreamInfo
     from markitdown.converters import HtmlConverter
 
@@ -179,10 +177,10 @@ def _parse_html(path: Path, limits: Limits) -> tuple[str, str | None, Breaks]:
     got = HtmlConverter().convert(
         stream, StreamInfo(charset="utf-8", extension=".html"), strip=["a", "img"]
     )
-    return got.markdown, got.title, []
+    return got.markdown, []
 
 
-def _parse_epub(path: Path, limits: Limits) -> tuple[str, str | None, Breaks]:
+def _parse_epub(path: Path, limits: Limits) -> Parsed:
     import zipfile
 
     from markitdown import StreamInfo
@@ -197,7 +195,7 @@ def _parse_epub(path: Path, limits: Limits) -> tuple[str, str | None, Breaks]:
             raise Unreadable("is encrypted; save a copy without a password")
     with path.open("rb") as stream:
         got = EpubConverter().convert(stream, StreamInfo(extension=".epub"), strip=["a", "img"])
-    return got.markdown, got.title, []
+    return got.markdown, []
 
 
 def _is_picture(name: str) -> bool:
@@ -205,7 +203,7 @@ def _is_picture(name: str) -> bool:
     return name.lower().endswith((*kinds, ".mp3", ".mp4"))
 
 
-_PARSERS: dict[str, Callable[[Path, Limits], tuple[str, str | None, Breaks]]] = {
+_PARSERS: dict[str, Callable[[Path, Limits], Parsed]] = {
     "plain": _parse_text,
     "markdown": _parse_text,
     "html": _parse_html,
@@ -214,9 +212,7 @@ _PARSERS: dict[str, Callable[[Path, Limits], tuple[str, str | None, Breaks]]] = 
 }
 
 
-def _document(
-    name: str, form: str, text: str, title: str | None, breaks: Breaks, kind: str | None
-) -> Document:
+def _document(name: str, form: str, text: str, breaks: list[int], kind: str | None) -> Document:
     style = "plain" if form in ("plain", "pdf") else "markdown"
     # A lone surrogate, as broken fonts in PDFs give, cannot be written as UTF-8.
     text = text.encode("utf-8", "replace").decode()
@@ -236,14 +232,11 @@ def _document(
         raise Unreadable("is empty (no words)")
     if style == "markdown":
         breaks = _markdown_headings(text)
-    heading = re.search(r"(?m)^#+ +(.+)$", text) if style == "markdown" else None
-    title = title or (heading.group(1) if heading else None) or Path(name).stem
     return Document(
         name=name,
         text=text,
         style=style,
         kind=kind or ("book" if form == "epub" else kind_of(text)),
-        title=" ".join(str(title).split())[:200],
         breaks=tuple(breaks),
     )
 
@@ -294,7 +287,7 @@ def _unwrap_markdown(text: str) -> str:
     return "\n".join(lines)
 
 
-def _markdown_headings(text: str) -> Breaks:
+def _markdown_headings(text: str) -> list[int]:
     from markdown_it import MarkdownIt
 
     offsets = [0]
@@ -302,7 +295,7 @@ def _markdown_headings(text: str) -> Breaks:
         offsets.append(offsets[-1] + len(line) + 1)
     tokens = MarkdownIt("commonmark").parse(text)
     return [
-        (offsets[token.map[0]], " ".join(after.content.split()) or None)
-        for token, after in pairwise(tokens)
+        offsets[token.map[0]]
+        for token in tokens
         if token.type == "heading_open" and token.level == 0 and token.map
     ]

@@ -9,8 +9,9 @@ itself is left out and counted.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from longlora_plugin.longqa.documents import Document
 from longlora_plugin.longqa.scripts import sentences
@@ -35,14 +36,6 @@ _PLAIN_HEADING = re.compile(
 
 
 @dataclass(frozen=True)
-class Section:
-    """A run of text that belongs together; `title` is None where it has no heading."""
-
-    title: str | None
-    text: str
-
-
-@dataclass(frozen=True)
 class Window:
     """What one row has of a document.
 
@@ -54,46 +47,37 @@ class Window:
     """
 
     index: int
-    sections: tuple[Section, ...]
+    sections: tuple[str, ...]
     text: str
     tokens: int
 
 
-def split_sections(document: Document) -> list[Section]:
+def split_sections(document: Document) -> list[str]:
     """The sections of a document, in order; together they hold all its text."""
     text = document.text
-    starts = list(document.breaks)
+    starts = document.breaks
     if not starts and document.style == "plain":
-        starts = _plain_headings(text)
-    edges = [(0, None), *starts] if not starts or starts[0][0] > 0 else starts
-    ends = [offset for offset, _ in edges[1:]] + [len(text)]
-    sections: list[Section] = []
+        starts = tuple(_plain_headings(text))
+    sections: list[str] = []
     pending = ""
-    pending_title: str | None = None
-    for (start, title), end in zip(edges, ends, strict=True):
+    for start, end in pairwise(sorted({0, *starts, len(text)})):
         part = text[start:end].strip("\n")
         if not part.strip():
             continue
         pending = f"{pending}\n\n{part}" if pending else part
-        pending_title = title or pending_title
         if len(pending) >= SMALLEST_SECTION:
-            sections.append(Section(pending_title, pending))
-            pending, pending_title = "", None
-    if pending and sections:
-        last = sections.pop()
-        sections.append(Section(last.title, f"{last.text}\n\n{pending}"))
-    elif pending:
-        sections.append(Section(pending_title, pending))
+            sections.append(pending)
+            pending = ""
+    if pending:
+        short = [sections.pop(), pending] if sections else [pending]
+        sections.append("\n\n".join(short))
     return sections
 
 
-def _plain_headings(text: str) -> list[tuple[int, str | None]]:
-    found: list[tuple[int, str | None]] = []
+def _plain_headings(text: str) -> Iterator[int]:
     for match in re.finditer(r"(?:\A|\n\n)([^\n]+)(?=\n\n)", text):
-        line = match.group(1).strip()
-        if _PLAIN_HEADING.fullmatch(line):
-            found.append((match.start(1), line))
-    return found
+        if _PLAIN_HEADING.fullmatch(match.group(1).strip()):
+            yield match.start(1)
 
 
 def windows(
@@ -108,9 +92,9 @@ def windows(
     whole = _window(0, sections, count)
     if whole.tokens <= budget:
         return [whole], 0
-    pieces: list[tuple[Section, int]] = []
+    pieces: list[tuple[str, int]] = []
     left_out = 0
-    for section, tokens in zip(sections, count([s.text for s in sections]), strict=True):
+    for section, tokens in zip(sections, count(sections), strict=True):
         if tokens <= budget:
             pieces.append((section, tokens))
             continue
@@ -137,18 +121,18 @@ def windows(
     return found, left_out
 
 
-def _window(index: int, sections: Sequence[Section], count: Count) -> Window:
-    text = "\n\n".join(section.text for section in sections)
+def _window(index: int, sections: Sequence[str], count: Count) -> Window:
+    text = "\n\n".join(sections)
     return Window(index, tuple(sections), text, count([text])[0])
 
 
 def _divide(
-    section: Section, budget: int, count: Count, language: str
-) -> tuple[list[tuple[Section, int]], int]:
+    section: str, budget: int, count: Count, language: str
+) -> tuple[list[tuple[str, int]], int]:
     """Divide one section at paragraphs, and a paragraph that is too long at sentences."""
     atoms: list[tuple[str, int, str]] = []
     left_out = 0
-    paragraphs = [part for part in re.split(r"\n{2,}", section.text) if part.strip()]
+    paragraphs = [part for part in re.split(r"\n{2,}", section) if part.strip()]
     for paragraph, tokens in zip(paragraphs, count(paragraphs), strict=True):
         if tokens <= budget:
             atoms.append((paragraph, tokens, "\n\n"))
@@ -171,12 +155,7 @@ def _divide(
         if not texts or max(sizes) <= budget:
             break
         limit = min(limit - 1, limit * 31 // 32)
-    titles = [section.title] + [None] * len(texts)
-    parts = [
-        (Section(title, text), size)
-        for title, text, size in zip(titles, texts, sizes, strict=False)
-    ]
-    return parts, left_out
+    return list(zip(texts, sizes, strict=True)), left_out
 
 
 def _pack(atoms: Sequence[tuple[str, int, str]], limit: int) -> list[str]:

@@ -101,7 +101,7 @@ class Material:
 
     def __post_init__(self) -> None:
         seen: Counter[str] = Counter()
-        raw = [sentences(section.text, self.language) for section in self.window.sections]
+        raw = [sentences(section, self.language) for section in self.window.sections]
         for found in raw:
             seen.update(found)
         self.found = seen.total()

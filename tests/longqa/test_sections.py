@@ -18,7 +18,7 @@ def words(texts):
 
 
 def document(text: str, style: str = "plain") -> Document:
-    return Document("a", text, style, "book", "a")
+    return Document("a", text, style, "book")
 
 
 def flat(text: str) -> str:
@@ -49,18 +49,19 @@ def test_windows_fit_hold_all_text_once_and_start_and_end_with_a_sentence(budget
 
 
 def test_sections_that_fit_are_never_divided():
-    sections = {section.text for section in split_sections(document(story(3)))}
+    sections = set(split_sections(document(story(3))))
     budget = max(words(list(sections))) + 5
     cut, _ = windows(document(story(3)), budget, words)
     assert len(cut) > 1
-    assert {section.text for window in cut for section in window.sections} == sections
+    assert {section for window in cut for section in window.sections} == sections
 
 
 def test_neighbouring_sections_share_a_window_where_they_fit():
     sections = split_sections(document(story(3)))
-    budget = sum(words([section.text for section in sections[:2]])) + 10
+    budget = sum(words(sections[:2])) + 10
     cut, _ = windows(document(story(3)), budget, words)
-    assert [section.title for section in cut[0].sections] == ["CHAPTER 1", "CHAPTER 2"]
+    assert list(cut[0].sections) == sections[:2]
+    assert ["CHAPTER 1" in sections[0], sections[1][:9]] == [True, "CHAPTER 2"]
 
 
 def test_a_sentence_longer_than_the_window_is_left_out_and_counted():
@@ -74,8 +75,9 @@ def test_a_sentence_longer_than_the_window_is_left_out_and_counted():
 def test_plain_headings_are_found_but_not_a_speaker_in_a_play():
     text = "ACT I\n\nSCENE I. A street.\n\nIAGO.\nI hate the Moor.\n\n" + "He said much. " * 20
     text += "\n\nSCENE II. A house.\n\n" + "They said little. " * 20
-    titles = [section.title for section in split_sections(document(text))]
-    assert titles == ["SCENE I. A street.", "SCENE II. A house."]
+    first, second = split_sections(document(text))
+    assert first.startswith("ACT I\n\nSCENE I. A street.\n\nIAGO.")
+    assert second.startswith("SCENE II. A house.")
 
 
 def test_tokens_that_do_not_add_up_still_fit():

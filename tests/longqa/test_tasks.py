@@ -9,7 +9,7 @@ import pytest
 from longqa_material import PEOPLE, PLACES, story
 
 from longlora_plugin.longqa import tasks
-from longlora_plugin.longqa.sections import Section, Window
+from longlora_plugin.longqa.sections import Window
 from longlora_plugin.longqa.tasks import GAP, TASKS, Material, make_pairs
 
 pytest.importorskip("sentencex")
@@ -18,8 +18,7 @@ SEEDS = range(25)
 
 
 def window(*sections: str) -> Window:
-    parts = tuple(Section(None, text) for text in sections)
-    return Window(0, parts, "\n\n".join(sections), 0)
+    return Window(0, sections, "\n\n".join(sections), 0)
 
 
 def material(*sections: str) -> Material:

@@ -170,10 +170,10 @@ def distractors(row: Row, rows: Sequence[Row], count: int = DISTRACTORS) -> list
 
 def _sentences(document: str) -> list[str]:
     """The sentences that the builder could have asked for."""
-    from longlora_plugin.longqa.sections import Section, Window
+    from longlora_plugin.longqa.sections import Window
     from longlora_plugin.longqa.tasks import Material
 
-    window = Window(0, (Section(None, document),), document, 0)
+    window = Window(0, (document,), document, 0)
     return sorted(text for text, _ in Material(window).all)
 
 
