@@ -127,7 +127,7 @@ class Builder:
         journal = Journal(self.out)
         self._check_settings(journal, write=False)
         prompt = completion = 0
-        for unit in self._units(journal, write=False):
+        for unit in self._units(journal):
             if unit.name not in journal.steps["unit"]:
                 self.report.to_ask += 1
                 if self.endpoint is not None:
@@ -210,14 +210,14 @@ class Builder:
                 writer.write(unit, entry)
         self.notify(self.report)
 
-    def _units(self, journal: Journal, write: bool = True) -> Iterator[Unit]:
+    def _units(self, journal: Journal) -> Iterator[Unit]:
         """Every window of every document, in a fixed order; reports what gives none."""
         report = self.report
         files = [path for path in find_files(self.source) if not self._is_ours(path)]
         named = [(self._name_of(path), path) for path in files]
         # Documents of an earlier run first: a new one must not push an old one out as a duplicate.
         splits: dict[str, str] = {}
-        for earlier in journal.steps["document"].values():
+        for earlier in journal.steps["unit"].values():
             splits.setdefault(earlier["name"], earlier["split"])
         named.sort(key=lambda entry: (entry[0] not in splits, entry[0]))
         texts = NearDuplicates(SAME_DOCUMENT, sample=8)
@@ -242,17 +242,6 @@ class Builder:
             )
             report.windows += len(cut)
             report.left_out += left_out
-            if write and document.digest not in journal.steps["document"]:
-                journal.write(
-                    "document",
-                    document.digest,
-                    {
-                        "name": name,
-                        "kind": document.kind,
-                        "split": split,
-                        "windows": len(cut),
-                    },
-                )
             if not cut:
                 report.barren[name] = "each of its sentences alone is longer than the context"
             for window in cut:

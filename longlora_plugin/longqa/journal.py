@@ -1,8 +1,8 @@
 """What makes a build resumable at any point: the rows, and the record of their making.
 
-`OUT.provenance.sqlite` is the record, one table: a line each for the settings, for every document,
-for every unit (one window of one document) with its pairs, for tokens spent on a reply that gave
-nothing, and for every short instruction mixed in. A unit is recorded before its rows are written,
+`OUT.provenance.sqlite` is the record, one table: a line each for the settings, for every unit (one
+window of one document) with its pairs, for tokens spent on a reply that gave nothing, and for every
+short instruction mixed in. A unit is recorded before its rows are written,
 so rows that a kill left unwritten are written again from the record, and no reply of a model is
 asked or paid for twice. A row's name is the SHA-256 of its line.
 """
@@ -14,14 +14,12 @@ import hashlib
 import json
 import os
 import sqlite3
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from longlora_plugin.longqa.settings import EXIT_DISK
 from longlora_plugin.longqa.stopping import Stop
-
-KINDS = ("settings", "document", "unit", "spent", "short")
-"""Kinds of steps."""
 
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS steps (kind TEXT, name TEXT, content TEXT NOT NULL, "
@@ -78,7 +76,7 @@ class Journal:
 
     def __init__(self, out: Path, *, write: bool = False) -> None:
         self.path = provenance_path(out)
-        self.steps: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+        self.steps: defaultdict[str, dict[str, Any]] = defaultdict(dict)
         self.spent = (0, 0)
         place = self.path if write or self.path.exists() else ":memory:"
         try:

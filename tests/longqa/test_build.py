@@ -90,7 +90,7 @@ def test_a_folder_of_mixed_documents_is_read_and_what_is_bad_is_reported(build, 
     entries = [(kind, json.loads(content)) for kind, _, content in steps(out)]
     built = {entry["name"] for kind, entry in entries if kind == "unit" and entry["pairs"]}
     assert built == {"a.txt", "b.md", "c.html", "d.epub", "e.pdf"}
-    kinds = {entry["name"]: entry["kind"] for kind, entry in entries if kind == "document"}
+    kinds = {entry["name"]: entry["kind"] for kind, entry in entries if kind == "unit"}
     assert (kinds["a.txt"], kinds["d.epub"]) == ("book", "book")
     assert build(source, out, "--strict").exit_code == 3
 
