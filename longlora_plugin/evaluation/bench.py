@@ -129,7 +129,7 @@ class Bench(Experiment):
                 "ruler-offline needs no data"
             ) from error
 
-    def cells(self, source: ModelSource) -> list[Cell]:
+    def cells(self) -> list[Cell]:
         return [
             {"task": task, "length": length}
             for length in self.lengths

@@ -114,7 +114,7 @@ class PerplexityByLength(Experiment):
         buckets = given[0] if len(given) == 1 else given or None
         return bucket_edges_for(length, buckets, self.contexts.base)
 
-    def cells(self, source: ModelSource) -> list[Cell]:
+    def cells(self) -> list[Cell]:
         return [{"length": length} for length in self.lengths]
 
     def settings(self, source: ModelSource, cell: Cell) -> dict[str, Any]:

@@ -210,7 +210,7 @@ class PasskeyGrid(Experiment):
                 build_trial(tokenizer, length, options.depths[0], 0, seed=options.seed)
         self._tokens = {label: _encode(tokenizers[label], WORDING) for label in tokenizers}
 
-    def cells(self, source: ModelSource) -> list[Cell]:
+    def cells(self) -> list[Cell]:
         return [
             {"length": length, "depth": depth}
             for length in sorted(set(self.options.lengths))

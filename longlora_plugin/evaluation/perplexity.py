@@ -268,7 +268,7 @@ def score_documents(
                 whole_logits = not _splits_into_decoder_and_head(model, ids[:1, :8])
             losses = token_losses(model, ids, whole_logits=whole_logits).cpu().numpy()
         for row, w in zip(losses, batch, strict=True):
-            parts.append((w, *_summary(windows[w], row, edges, score)))
+            parts.append((w, *_summary(windows[w], row, edges)))
         execution.on_progress(ids.numel(), total)
     lengths = [len(document) for document in documents]
     return _scores(windows, edges, processes.gather(parts), lengths)
@@ -287,7 +287,7 @@ def _batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[int]]:
 
 
 def _summary(
-    window: Window, losses: NDArray[np.float32], edges: Sequence[int], score: ScoreMode
+    window: Window, losses: NDArray[np.float32], edges: Sequence[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], float, NDArray[np.float32]]:
     positions = np.arange(1, window.read)
     bucket = np.searchsorted(edges, positions, side="left") - 1

@@ -32,8 +32,8 @@ class Experiment:
 
     question: Sequence[str] = ()
 
-    def cells(self, source: ModelSource) -> list[Cell]:
-        """The cells of one model."""
+    def cells(self) -> list[Cell]:
+        """The cells of every model."""
         raise NotImplementedError
 
     def settings(self, source: ModelSource, cell: Cell) -> dict[str, Any]:
@@ -112,12 +112,14 @@ def sweep(
     kept = file.by_settings().items()
     earlier = processes.from_main({digest: row for digest, row in kept if experiment.keeps(digest)})
     where = {"dtype": str(dtype), "device": processes.device.partition(":")[0]}
+    cells = experiment.cells()
+    question = ["model", *(cells[0] if cells else ()), "weights", "adapter", *experiment.question]
     wanted: list[tuple[ModelSource, Cell, str]] = []
     for source in sources:
         identity = {**source.identity(), **where, "model": source.label}
         wanted += [
             (source, cell, settings_digest({**identity, **experiment.settings(source, cell)}))
-            for cell in experiment.cells(source)
+            for cell in cells
         ]
     rows: list[Row | None] = [earlier.get(settings) for _, _, settings in wanted]
     if found := sum(row is not None for row in rows):
@@ -125,8 +127,7 @@ def sweep(
 
     def save() -> list[Row]:
         measured = [row for row in rows if row is not None]
-        cell = wanted[0][1] if wanted else {}
-        file.save(measured, ["model", *cell, "weights", "adapter", *experiment.question])
+        file.save(measured, question)
         return measured
 
     missing = [cell for (_, cell, _), row in zip(wanted, rows, strict=True) if row is None]
