@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from longlora_plugin.evaluation.data import read_corpus
 from longlora_plugin.evaluation.perplexity import BATCH_TOKENS, token_losses
-from longlora_plugin.evaluation.windows import bucket_edges_for
+from longlora_plugin.evaluation.windows import default_bucket_edges
 
 LOG = logging.getLogger(__name__)
 PREFIX = "long_context/perplexity"
@@ -97,7 +97,6 @@ class LongContextCallback(TrainerCallback):
         base_context: tokens of the base model's own context.
         base_config: transformers config of the base model, before RoPE was scaled; with it the
             base model is measured, without it the model as training starts.
-        buckets: see `windows.bucket_edges_for`.
         continues_adapter: whether training starts from an adapter that was trained before.
     """
 
@@ -109,7 +108,6 @@ class LongContextCallback(TrainerCallback):
         log: Callable[[dict[str, float]], None],
         base_context: int,
         base_config: Any = None,
-        buckets: int | Sequence[int] | None = None,
         continues_adapter: bool = False,
     ) -> None:
         if every_steps < 1:
@@ -118,7 +116,7 @@ class LongContextCallback(TrainerCallback):
         self.every_steps = every_steps
         self.log = log
         self.base_config = base_config
-        self.edges = bucket_edges_for(windows.shape[1], buckets, base_context)
+        self.edges = default_bucket_edges(windows.shape[1], base_context)
         self.base_context = min(base_context, windows.shape[1])
         self.continues_adapter = continues_adapter
         self.base_perplexity: float | None = None

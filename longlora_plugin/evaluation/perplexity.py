@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from longlora_plugin.evaluation.options import ScoreMode
 from longlora_plugin.evaluation.processes import ALONE, Processes
-from longlora_plugin.evaluation.windows import ScoreMode, Window, sliding_windows
+from longlora_plugin.evaluation.windows import Window, sliding_windows
 
 CHUNK_ELEMENTS = 2**25
 """Float32 logits in memory at a time: 128 MiB."""

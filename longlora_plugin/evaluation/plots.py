@@ -37,12 +37,9 @@ def _save(figure: Any, path: str | Path) -> None:
 
 
 def _token_axis(axes: Any, ticks: Sequence[int], label: str) -> None:
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_label(value)))
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(ticks, map(tokens_label, ticks))
+    axes.set_xticks([], minor=True)
     axes.set_xlabel(label)
 
 
@@ -64,8 +61,6 @@ def plot_positions(rows: Sequence[Row], path: str | Path) -> None:
 
     Buckets are drawn at their geometric middle; the base model's context is marked.
     """
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
     figure = _figure(8, 4.6)
     axes = figure.subplots()
     longest = [row for row in rows if row["length"] == lengths_of(rows)[-1]]
@@ -82,8 +77,8 @@ def plot_positions(rows: Sequence[Row], path: str | Path) -> None:
     if values and max(values) > 4 * min(values):
         axes.set_yscale("log")
         axes.set_yticks(log_ticks(min(values), max(values)))
-        axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_yticks([], minor=True)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ticks = sorted({e for b in first["buckets"] for e in (b["from"], b["to"]) if e >= left})
     doubled = [edge for edge in ticks if _is_doubling(edge, first["length"])]
     ends = {first["base_context"], first["length"]}

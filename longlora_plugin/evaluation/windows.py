@@ -18,9 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-ScoreMode = Literal["new", "all"]
+from longlora_plugin.evaluation.options import ScoreMode
 
 
 @dataclass(frozen=True)

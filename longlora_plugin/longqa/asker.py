@@ -43,9 +43,6 @@ class Asker:
         self.failed: set[str] = set()
         self.in_a_row = 0
 
-    def gave_up(self, unit: Unit) -> bool:
-        return unit.name in self.failed
-
     def submit(self, unit: Unit) -> None:
         """Ask about a unit once a request is free.
 
@@ -87,14 +84,24 @@ class Asker:
         while self.running:
             self._collect()
 
-    def _collect(self) -> None:
+    def close(self) -> None:
+        """End; replies that are under way are paid for, so they are still taken in."""
+        try:
+            while self.running:
+                with contextlib.suppress(Stop):
+                    self._collect(closing=True)
+        finally:
+            self.pool.shutdown(cancel_futures=True)
+
+    def _collect(self, *, closing: bool = False) -> None:
         """Take in the replies that are there, at least one."""
         done: set[Future[Reply]] = set()
         while not done:
-            self.interrupt.check()
+            if not closing:
+                self.interrupt.check()
             done, _ = wait(self.running, timeout=0.2, return_when=FIRST_COMPLETED)
         for future in sorted(done, key=lambda future: self.running[future][0].name):
-            self._take(future, again=True)
+            self._take(future, again=not closing)
 
     def _take(self, future: Future[Reply], *, again: bool) -> None:
         unit, attempt = self.running.pop(future)
@@ -124,14 +131,3 @@ class Asker:
             raise Stop(
                 f"{self.in_a_row} requests in a row failed, the last one: {why}", EXIT_ENDPOINT
             )
-
-    def close(self) -> None:
-        """End; replies that are under way are paid for, so they are still taken in."""
-        try:
-            while self.running:
-                done, _ = wait(self.running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    with contextlib.suppress(Stop):
-                        self._take(future, again=False)
-        finally:
-            self.pool.shutdown(cancel_futures=True)

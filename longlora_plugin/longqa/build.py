@@ -203,7 +203,7 @@ class Builder:
         while waiting:
             unit = waiting[0]
             entry = journal.steps["unit"].get(unit.name)
-            if entry is None and asker is not None and not asker.gave_up(unit):
+            if entry is None and asker is not None and unit.name not in asker.failed:
                 return
             waiting.popleft()
             if entry is not None:

@@ -24,6 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import regex
@@ -115,24 +116,19 @@ class Material:
                 ]
             )
         self.words = Counter(term.casefold() for term in terms(self.window.text))
-        self._names: list[str] | None = None
 
     @property
     def all(self) -> list[tuple[str, str | None]]:
         return [entry for part in self.parts for entry in part]
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """Names that occur in the window at least twice: people and places."""
-        if self._names is None:
-            # A capital inside a sentence, on a word that the window never writes small.
-            inner = regex.findall(r"(?<=[\p{Ll},;] )\p{Lu}[\p{Ll}’'-]{2,}", self.window.text)
-            found = {name.removesuffix("’s").removesuffix("'s") for name in inner} - _NO_NAMES
-            written = Counter(re.findall(r"\w+", self.window.text))
-            self._names = sorted(
-                name for name in found if written[name] >= 2 and not written[name.lower()]
-            )
-        return self._names
+        # A capital inside a sentence, on a word that the window never writes small.
+        inner = regex.findall(r"(?<=[\p{Ll},;] )\p{Lu}[\p{Ll}’'-]{2,}", self.window.text)
+        found = {name.removesuffix("’s").removesuffix("'s") for name in inner} - _NO_NAMES
+        written = Counter(re.findall(r"\w+", self.window.text))
+        return sorted(name for name in found if written[name] >= 2 and not written[name.lower()])
 
 
 def _is_fit(text: str) -> bool:

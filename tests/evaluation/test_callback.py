@@ -1,6 +1,7 @@
 """The callback: what it logs is full-attention perplexity, and training does not notice it."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from longlora_plugin.evaluation.callback import (
     held_out_windows,
     own_rope,
 )
+from longlora_plugin.evaluation.windows import default_bucket_edges
 
 LENGTH = 4 * ORIGINAL
 
@@ -60,7 +62,7 @@ def extended(base, seed=0):
 
 
 def callback(windows, logged, **options):
-    options = {"every_steps": 2, "base_context": ORIGINAL, "buckets": 4} | options
+    options = {"every_steps": 2, "base_context": ORIGINAL} | options
     return LongContextCallback(windows, log=logged.append, **options)
 
 
@@ -99,9 +101,9 @@ def test_logged_figures_equal_full_attention_perplexity_by_position(base, window
     plain.load_state_dict(model.state_dict())
     losses = own_losses(plain, windows)
     expected = {"long_context/perplexity": losses.mean().exp().item()}
-    for low in range(0, LENGTH, ORIGINAL):
-        name = f"long_context/perplexity_{low}-{low + ORIGINAL}"
-        expected[name] = losses[low : low + ORIGINAL].mean().exp().item()
+    for low, high in pairwise(default_bucket_edges(LENGTH, ORIGINAL)):
+        name = f"long_context/perplexity_{low}-{high}"
+        expected[name] = losses[low:high].mean().exp().item()
     assert measured[0] == pytest.approx(expected, rel=1e-4)
     assert all(module.training for module in model.modules())
 
