@@ -110,9 +110,7 @@ class PerplexityByLength(Experiment):
         return TokenFile(path, next(iter(self.corpora.values())))
 
     def _edges(self, length: int) -> list[int]:
-        given = self.options.buckets
-        buckets = given[0] if len(given) == 1 else given or None
-        return bucket_edges_for(length, buckets, self.contexts.base)
+        return bucket_edges_for(length, self.options.buckets, self.contexts.base)
 
     def cells(self) -> list[Cell]:
         return [{"length": length} for length in self.lengths]

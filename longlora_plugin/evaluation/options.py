@@ -95,8 +95,8 @@ class PerplexityOptions:
     )
     buckets: tuple[int, ...] = option(
         (),
-        "Position buckets: how many equal ones, or their edges. Default: two to a doubling.",
-        metavar="N or 0,256,…",
+        "Position buckets by their edges, in tokens. Default: two to a doubling.",
+        metavar="0,256,…",
     )
     max_tokens: int | None = option(None, "Use the first tokens only.", min=2)
     batch_size: int | None = option(None, "Windows in a forward pass.", min=1)

@@ -16,7 +16,6 @@ padded and no mask is needed.
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -244,6 +243,8 @@ class PasskeyGrid(Experiment):
                 for trial, answer in zip(batch, right, strict=True)
             ]
             progress(len(batch), len(trials))
+        from scipy.stats import binomtest
+
         answers = self.processes.gather(answers)
         correct = sum(answer["right"] for answer in answers)
         tokens = [answer["tokens"] for answer in answers]
@@ -251,19 +252,10 @@ class PasskeyGrid(Experiment):
             "accuracy": correct / options.trials,
             "correct": correct,
             "trials": options.trials,
-            "ci95": list(wilson(correct, options.trials)),
+            "ci95": list(binomtest(correct, options.trials).proportion_ci(method="wilson")),
             "chance": 10.0**-DIGITS,
             "seed": options.seed,
             "tokens_least": min(tokens),
             "tokens_most": max(tokens),
             "answers": answers,
         }
-
-
-def wilson(correct: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share: sound for few trials, and at 0 and 100 %."""
-    share, z = correct / trials, 1.959964
-    middle = share + z * z / (2 * trials)
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)

@@ -106,27 +106,20 @@ def default_bucket_edges(length: int, base_context: int | None = None) -> list[i
 
 
 def bucket_edges_for(
-    length: int, buckets: int | Sequence[int] | None, base_context: int | None = None
+    length: int, edges: Sequence[int], base_context: int | None = None
 ) -> list[int]:
     """Edges of the position buckets of windows of `length` tokens.
 
     Args:
-        buckets: how many equal buckets, or edges in tokens (those inside the window are used; 0
-            and the length are added), or None for `default_bucket_edges`.
+        edges: in tokens; those inside the window are used, 0 and the length are added. Empty for
+            `default_bucket_edges`.
 
     Raises:
-        ValueError: the number or the edges make no sense.
+        ValueError: the edges make no sense.
     """
-    if buckets is None:
+    if not edges:
         return default_bucket_edges(length, base_context)
-    if isinstance(buckets, int):
-        if not 1 <= buckets <= length:
-            raise ValueError(
-                f"{buckets} buckets for a window of {length} tokens; write 1 to {length}"
-            )
-        return [round(part * length / buckets) for part in range(buckets + 1)]
-    edges = list(buckets)
-    if any(edge < 0 for edge in edges) or edges != sorted(set(edges)):
+    if edges[0] < 0 or list(edges) != sorted(set(edges)):
         raise ValueError(
             f"bucket edges {', '.join(map(str, edges))} must rise from 0 on, for example 0,256,512"
         )
