@@ -229,12 +229,11 @@ class Builder:
                 report.skipped[name] = str(error)
                 self.notify(report)
                 continue
-            same = exact.get(document.digest) or texts.find(document.text)
+            same = exact.get(document.digest) or texts.repeats(name, document.text)
             if same:
                 report.duplicates[name] = same
                 continue
             exact[document.digest] = name
-            texts.add(name, document.text)
             report.documents += 1
             split = splits.get(name) or self.composer.split_of(document)
             cut, left_out = windows(

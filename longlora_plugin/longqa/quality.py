@@ -75,24 +75,19 @@ class NearDuplicates:
             # Candidates from a lower bar: MinHash only estimates, and the check after it is exact.
             self._index = datasketch.MinHashLSH(max(0.1, similar - 0.2), _PERMUTATIONS)
 
-    def find(self, text: str) -> str | None:
-        """Key of an earlier text that `text` nearly repeats; None where there is none."""
+    def repeats(self, key: str, text: str) -> str | None:
+        """Key of an earlier text that `text` nearly repeats; None: now `text` is one, as `key`."""
         if self._index is None:
             return None
         shingles = self._shingles(text)
-        for key in sorted(self._index.query(_minhash(shingles))):
-            other = self._kept[key]
+        sketch = _minhash(shingles)
+        for earlier in sorted(self._index.query(sketch)):
+            other = self._kept[earlier]
             if len(shingles & other) >= self.similar * len(shingles | other):
-                return str(key)
-        return None
-
-    def add(self, key: str, text: str) -> None:
-        """Remember `text` as `key`; a key that is known is left as it is."""
-        if self._index is None or key in self._kept:
-            return
-        shingles = self._shingles(text)
+                return str(earlier)
         self._kept[key] = shingles
-        self._index.insert(key, _minhash(shingles))
+        self._index.insert(key, sketch)
+        return None
 
     def _shingles(self, text: str) -> frozenset[int]:
         from zlib import crc32

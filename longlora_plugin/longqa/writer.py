@@ -34,7 +34,7 @@ class Writer:
         for entry in journal.steps["unit"].values():
             for pair in entry["pairs"]:
                 if pair["row"] in self.rows[entry["split"]].names:
-                    self.pairs.add(pair["row"], _says(pair))
+                    self.pairs.repeats(pair["row"], _says(pair))
         self.short = self._short_lines(short)
         self.short_used = 0
         self.gave: set[str] = set()
@@ -50,10 +50,9 @@ class Writer:
             report.barren[unit.document.name] = why or "the model asked nothing about it"
         for pair in entry["pairs"]:
             if pair["row"] not in rows.names:
-                if self.pairs.find(_says(pair)):
+                if self.pairs.repeats(pair["row"], _says(pair)):
                     report.dropped["near-duplicate"] += 1
                     continue
-                self.pairs.add(pair["row"], _says(pair))
                 text = self.composer.instruction(unit, pair["question"])
                 rows.append(line_of(as_row(self.composer.settings.layout, text, pair["answer"])))
             report.pairs[unit.split] += 1

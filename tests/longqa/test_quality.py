@@ -34,26 +34,29 @@ def test_evidence_stands_verbatim_or_within_the_edits(quotes, edits, stands):
 
 def test_near_duplicates_are_found_and_different_texts_kept():
     seen = NearDuplicates(0.8)
-    seen.add("one", "Who mended the lantern of Ostervik? Miriam mended it in the year 1204.")
+    first = "Who mended the lantern of Ostervik? Miriam mended it in the year 1204."
+    assert seen.repeats("one", first) is None
     near = "Who mended the lantern of Ostervik?  miriam mended it in the year 1204!"
-    assert seen.find(near) == "one"
-    assert seen.find("Who painted the bridge of Halmouth? Nobody knows who painted it.") is None
+    assert seen.repeats("two", near) == "one"
+    other = "Who painted the bridge of Halmouth? Nobody knows who painted it."
+    assert seen.repeats("three", other) is None
 
 
 def test_similarity_decides_and_above_one_switches_off():
     a, b = "The gauge was read at nine and at ten.", "The gauge was read at nine and at noon."
     strict, loose, off = NearDuplicates(0.95), NearDuplicates(0.5), NearDuplicates(1.5)
     for seen in (strict, loose, off):
-        seen.add("a", a)
-    assert strict.find(b) is None
-    assert loose.find(b) == "a"
-    assert off.find(a) is None
+        assert seen.repeats("a", a) is None
+    assert strict.repeats("b", b) is None
+    assert loose.repeats("b", b) == "a"
+    assert off.repeats("again", a) is None
 
 
 def test_a_sampled_comparison_finds_another_edition_of_a_long_text():
     from longqa_material import story
 
     seen = NearDuplicates(0.8, sample=8)
-    seen.add("first", story(1, chapters=12))
-    assert seen.find(story(1, chapters=12).replace("old ", "aged ", 3)) == "first"
-    assert seen.find(story(2, chapters=12)) is None
+    assert seen.repeats("first", story(1, chapters=12)) is None
+    edition = story(1, chapters=12).replace("old ", "aged ", 3)
+    assert seen.repeats("second", edition) == "first"
+    assert seen.repeats("other", story(2, chapters=12)) is None
