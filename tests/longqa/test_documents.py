@@ -75,9 +75,9 @@ def test_pdf_gives_paragraphs_and_sections_from_its_outline(reader, tmp_path):
     made = pdf(pages, outline=[("Method", 1), ("Results", 2)])
     document = read(reader, tmp_path / "a.pdf", made)
     assert "examined twice." in document.text
-    sections = split_sections(document)
-    assert len(sections) == 3
-    assert all(section.startswith(line) for section in sections)
+    method, results = split_sections(document)  # what is before Method is too short to be one
+    assert method.count(" more.") == 6
+    assert results == " ".join([line] * 6)
 
 
 @pytest.mark.parametrize(

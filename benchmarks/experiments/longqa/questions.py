@@ -98,7 +98,7 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a file that `longlora longqa build` wrote without a model."""
     from longlora_plugin.longqa.journal import Journal, row_name
 
-    units = Journal(path).units.values()
+    units = Journal(path).steps["unit"].values()
     facts = {pair["row"]: (pair["task"], unit) for unit in units for pair in unit["pairs"]}
     rows = []
     for line in path.read_bytes().splitlines():
