@@ -146,19 +146,23 @@ def try_attention(implementation: str, device: str) -> str:
 def _by_definition(query: Any, key: Any, value: Any, *, group_size: int) -> Any:
     """S²-Attn with a dense mask [H, N, N], in float64."""
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
 
     from longlora_plugin.attention.layout import S2
 
-    kv_heads, length = key.shape[1:3]
+    heads, kv_heads, length = query.shape[1], key.shape[1], query.shape[2]
     position = torch.arange(length, device=query.device)
     shifts = torch.tensor(S2.shifts(kv_heads, group_size), device=query.device)
-    shifts = shifts.repeat_interleave(query.shape[1] // kv_heads)
-    segment_HN = (position + shifts[:, None]) // group_size
-    mask_HNN = (segment_HN[:, :, None] == segment_HN[:, None]) & (position[:, None] >= position)
-    return scaled_dot_product_attention(
-        query.double(), key.double(), value.double(), attn_mask=mask_HNN, enable_gqa=True
+    segment_HN = ((position + shifts[:, None]) // group_size).repeat_interleave(
+        heads // kv_heads, 0
     )
+    allowed_HNN = (segment_HN[:, :, None] == segment_HN[:, None, :]) & (
+        position[:, None] >= position
+    )
+    key, value = (
+        tensor.repeat_interleave(heads // kv_heads, 1).double() for tensor in (key, value)
+    )
+    scores = query.double() @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    return scores.masked_fill(~allowed_HNN, float("-inf")).softmax(-1) @ value
 
 
 def try_bitsandbytes(bits: int, device: str, evaluated: bool) -> str:

@@ -8,7 +8,7 @@ every row.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from longlora_plugin.evaluation.loading import LoadedModel, ModelSource
@@ -114,13 +114,7 @@ def sweep(
     where = {"dtype": str(dtype), "device": processes.device.partition(":")[0]}
     cells = experiment.cells()
     question = ["model", *(cells[0] if cells else ()), "weights", "adapter", *experiment.question]
-    wanted: list[tuple[ModelSource, Cell, str]] = []
-    for source in sources:
-        identity = {**source.identity(), **where, "model": source.label}
-        wanted += [
-            (source, cell, settings_digest({**identity, **experiment.settings(source, cell)}))
-            for cell in cells
-        ]
+    wanted = [each for source in sources for each in _rows_of(source, experiment, cells, where)]
     rows: list[Row | None] = [earlier.get(settings) for _, _, settings in wanted]
     if found := sum(row is not None for row in rows):
         note(f"{found} of {len(rows)} rows were already in {json_path}")
@@ -148,6 +142,15 @@ def sweep(
             experiment.finished(row)
             save()
     return save()
+
+
+def _rows_of(
+    source: ModelSource, experiment: Experiment, cells: Sequence[Cell], where: dict[str, str]
+) -> Iterator[tuple[ModelSource, Cell, str]]:
+    """Each row of a model, with the digest of what decides it."""
+    identity = {**source.identity(), **where, "model": source.label}
+    for cell in cells:
+        yield source, cell, settings_digest({**identity, **experiment.settings(source, cell)})
 
 
 def _row(
