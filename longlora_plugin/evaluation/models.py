@@ -75,6 +75,8 @@ def model_sources(
     sources: list[ModelSource] = []
     for label in dict.fromkeys(labels):
         name, separator, folder = label.partition("=")
+        if separator and not (name and folder):
+            raise ValueError(f"--model {label}: write NAME=FOLDER")
         if separator:
             source = found.anywhere(name, Path(folder).expanduser())
         elif label in models:

@@ -6,6 +6,7 @@ where a recipe has a key that is not in the list, Axolotl's own schema decides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,6 +35,8 @@ NUMBERS = (
     "chunked_cross_entropy_num_chunks",
     "context_parallel_size",
     "sequence_parallel_degree",
+    "tensor_parallel_size",
+    "expert_parallel_size",
 )
 """Keys that bear on cost and are whole numbers from 1 on."""
 
@@ -65,6 +68,13 @@ def _wrong_values(raw: Mapping[str, Any]) -> Iterator[str]:
         value = raw.get(key)
         if value is not None and not isinstance(value, bool):
             yield f"{key}: got {value!r}; write {key}: true or {key}: false"
+    epochs = raw.get("num_epochs")
+    try:
+        wrong = epochs is not None and not 0 < float(epochs) < math.inf
+    except (TypeError, ValueError):
+        wrong = True
+    if wrong:
+        yield f"num_epochs: got {epochs!r}; write a number above 0, such as num_epochs: 1"
     for key in NUMBERS:
         value = raw.get(key)
         if value is None or is_count(value):

@@ -247,6 +247,8 @@ def test_rows_of_all_lengths_score_the_same_tokens(work, tmp_path):
         (["--lengths", "64", "--buckets", "9,3"], "bucket edges 9, 3 must rise"),
         (["--lengths", "64", "--model", "merged"], "run axolotl merge-lora"),
         (["--lengths", "64", "--model", "bsae"], "unknown model 'bsae'"),
+        (["--model", "x="], "--model x=: write NAME=FOLDER"),
+        (["--model", "=folder"], "--model =folder: write NAME=FOLDER"),
         (["--lengths", "64", "--adapter", "nowhere"], "give the folder that training wrote"),
         (["--lengths", "64", "--model", "x=nowhere"], "neither a model folder nor"),
         (["--lengths", "64", "--model", "x=~/nowhere"], "neither a model folder nor"),

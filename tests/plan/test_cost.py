@@ -283,6 +283,9 @@ def test_wide_heads_and_sliding_layers_keep_the_dense_mask_of_packed_rows(tmp_pa
         ({"sequence_len": 0}, "sequence_len: got 0; write a whole number, such as "),
         ({"micro_batch_size": "two"}, "micro_batch_size: got 'two'; write a whole number, such as "
                                       "micro_batch_size: 1"),
+        ({"num_epochs": "two"}, "num_epochs: got 'two'; write a number above 0"),
+        ({"num_epochs": -1}, "num_epochs: got -1; write a number above 0"),
+        ({"tensor_parallel_size": "x"}, "tensor_parallel_size: got 'x'; write a whole number"),
         ({"attn_implementation": "flash"}, "write attn_implementation: flash_attention_2"),
         ({"s2_attention": True}, "s2_attention: Axolotl has it no more; remove the line"),
         ({"adapter": "LongLoRA"}, "adapter: got 'LongLoRA'; write adapter: longlora"),
