@@ -20,6 +20,7 @@ from longlora_plugin.plan.shape import meta_model
 from longlora_plugin.run.base_model import base_config_of
 from longlora_plugin.run.built import built_of, trained_modules
 from longlora_plugin.run.checks import told_in
+from longlora_plugin.run.manifest import check_start
 from longlora_plugin.run.prepare import PreparedRun, prepare_run
 from longlora_plugin.run.recipe import Recipe, asks_for_longlora, read_yaml, wrong_kinds
 from longlora_plugin.run.summary import Built, Fact, facts
@@ -254,6 +255,8 @@ def _is_the_recipes_fault(name: str, error: BaseException) -> bool:
 def _describe(raw: Mapping[str, Any], run: PreparedRun, report: Report) -> None:
     """What the recipe comes to, and what of it has no effect."""
     report.notes += run.warnings
+    with told_in(report.problems):
+        report.notes += check_start(run)
     if run.rope is not None and not run.problems:
         report.resolved = {
             "adapter": run.adapter,

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import command
+import numpy as np
 import pytest
 import yaml
 from json_keys import assert_documented
+from safetensors.numpy import save_file
 
+from longlora_plugin.artifacts.manifest import Manifest, write_manifest
 from longlora_plugin.recipes import available
 from longlora_plugin.recipes import longlora_recipes as shipped
 from longlora_plugin.recipes.check import check_recipe
@@ -120,6 +123,22 @@ def test_one_mistake_is_one_problem_that_names_it(recipe, changes, says):
     assert len(report.problems) == 1, report.problems
     for word in says:
         assert word in report.problems[0]
+
+
+def test_an_adapter_to_go_on_from_is_compared_with_the_recipes_rope(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "adapter_config.json").write_text("{}")
+    save_file({"a": np.zeros(1)}, tmp_path / "run" / "adapter_model.safetensors")
+    linear = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
+    write_manifest(
+        tmp_path / "run", Manifest(LLAMA, 32768, rope_preset="linear", rope_parameters=linear)
+    )
+    start = str(tmp_path / "run")
+    (problem,) = check_recipe(recipe(lora_model_dir=start)).problems
+    assert f"lora_model_dir: {start} does not belong to this recipe's RoPE" in problem
+    assert check_recipe(recipe(lora_model_dir=start, longlora={"rope": "linear"})).problems == []
+    (note,) = check_recipe(recipe(lora_model_dir="someone/adapter")).notes
+    assert "lora_model_dir: whether it was trained with this RoPE is not checked" in note
 
 
 @pytest.mark.parametrize("path", ["nowhere.jsonl", "./data", "/nowhere/rows.parquet"])
