@@ -36,7 +36,8 @@ class LongLoRAConfig(BaseModel):
     )
     attention_pattern: str = Field(
         default="s2",
-        description="Who attends to whom: `s2`, or a pattern that an installed package adds.",
+        description="Who attends to whom: `s2`; `pose`, groups without a shift, whose positions "
+        "skip (PoSE); or a pattern that an installed package adds.",
     )
     group_size: int | None = Field(
         default=None, description="Tokens in a group, even; instead of `group_size_ratio`."

@@ -38,7 +38,9 @@ def longlora_attention_patterns() -> dict[str, AttentionPattern]:  # type: ignor
     Name → `longlora_plugin.attention.AttentionPattern(name, shifts)`. `shifts` is a function of
     (heads, group_size) that returns one shift a head, from 0 to group_size − 1: a token i of that
     head attends inside segment ⌊(i + shift) / group_size⌋ of its document. Every back end, packing
-    and padding then work by themselves, and nothing can see a later token.
+    and padding then work by themselves, and nothing can see a later token. With
+    `skips_positions=True`, all shifts are 0 and the positions of each segment leave out a random
+    stretch (PoSE).
     """
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from longlora_plugin.attention import generation
 from longlora_plugin.attention.packing import Documents
+from longlora_plugin.attention.pose import Skipped
 from longlora_plugin.attention.shards import Row
 
 
@@ -32,6 +33,7 @@ class Forward:
         position_ids: [B, N] or [1, N] as given, or None.
         attention_mask: [B, N] as given, or None.
         row: where the batch is a shard: the row that it belongs to, once that is gathered.
+        skipped: positions that skip, once a rotary embedding was called.
         entered: ids of the modules that have begun.
     """
 
@@ -40,6 +42,7 @@ class Forward:
     position_ids: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
     row: Row | None = None
+    skipped: Skipped | None = None
     entered: set[int] = field(default_factory=set)
 
 
@@ -95,19 +98,24 @@ class Forwards(threading.local):
             self.running.append(Forward(module, _trains(module, kwargs)))
         current = self.running[-1]
         current.entered.add(id(module))
-        positions = kwargs.get("position_ids")
         # Positions of images and the like have another shape and say nothing of documents.
-        if isinstance(positions, torch.Tensor) and positions.dim() == 2:
+        positions, padding = (
+            _rows(kwargs.get(name)) for name in ("position_ids", "attention_mask")
+        )
+        if positions is not None:
             current.position_ids = positions
-            padding = kwargs.get("attention_mask")
-            is_padding = isinstance(padding, torch.Tensor) and padding.dim() == 2
-            current.attention_mask = padding if is_padding else None
+        if positions is not None or current.attention_mask is None:
+            current.attention_mask = padding
 
     @torch.compiler.disable
     def end(self, module: torch.nn.Module, *_: Any) -> None:
         """After it, also when an exception ends it."""
         if self.current is not None and self.current.model is module:
             self.running.pop()
+
+
+def _rows(given: Any) -> torch.Tensor | None:
+    return given if isinstance(given, torch.Tensor) and given.dim() == 2 else None
 
 
 def _holds(model: torch.nn.Module, part: torch.nn.Module) -> bool:

@@ -14,6 +14,7 @@ gets its dense mask back.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
@@ -21,11 +22,11 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from longlora_plugin.attention import packing
+from longlora_plugin.attention import packing, pose
 from longlora_plugin.attention.backends import backend_for, check_settings
 from longlora_plugin.attention.call import AttentionCall
 from longlora_plugin.attention.eligibility import attention_layers, eligible_layers
-from longlora_plugin.attention.forwards import Forwards, ReadDocuments
+from longlora_plugin.attention.forwards import Forward, Forwards, ReadDocuments
 from longlora_plugin.attention.gather import Shards, shards_of
 from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
 from longlora_plugin.attention.registries import (
@@ -125,18 +126,16 @@ class ShiftedAttention:
         self.follows = None if handle is self else handle
 
     def position_ids_of(self, config: Any) -> tuple[bool, torch.Tensor | None]:
+        forward = self.training_pass(lambda module: getattr(module, "config", None) is config)
+        return (False, None) if forward is None else (True, forward.position_ids)
+
+    def training_pass(self, of: Callable[[torch.nn.Module], bool]) -> Forward | None:
+        """The pass that runs, if it trains and a covered module for which `of` holds takes part."""
         forward = self._forwards.current
-        trains = (
-            self._is_on()
-            and forward is not None
-            and forward.trains
-            and any(
-                self._takes_part(module)
-                for module in [*self._modules, *self._copies]
-                if getattr(module, "config", None) is config
-            )
-        )
-        return (True, forward.position_ids) if forward is not None and trains else (False, None)
+        if forward is None or not forward.trains or not self._is_on():
+            return None
+        takes_part = any(self._takes_part(m) for m in (*self._modules, *self._copies) if of(m))
+        return forward if takes_part else None
 
     def shifts(self, module: torch.nn.Module, attention_mask: Any) -> bool:
         if not self._takes_part(module):
@@ -159,8 +158,12 @@ class ShiftedAttention:
     def remember(self, document_ids: torch.Tensor, documents: packing.Documents) -> None:
         self._forwards.documents = ReadDocuments.of(document_ids, documents)
 
-    def watch(self, model: torch.nn.Module) -> None:
-        """Hook where forward passes begin, and the masks of layers with the original attention."""
+    def watch(self, model: torch.nn.Module, target_length: int | None = None) -> None:
+        """Hook where forward passes begin, the masks of layers with the original attention and,
+        for a pattern that skips positions, rotary embeddings.
+        """
+        if self.pattern.skips_positions:
+            self._hooks += pose.hooks(self, model, target_length)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 self._hooks += [
@@ -252,6 +255,7 @@ class ShiftedAttention:
         row = None
         if self._shards is None:
             documents = self._find_documents(query, attention_mask, position_ids, cu_seq_lens_q)
+            pose.check_documents(self.pattern, self._forwards.current, documents)
         else:
             forward, tokens_BN = self._forwards.current, query[:, 0, :, 0]
             row = self._shards.row_of(forward, tokens_BN, attention_mask, position_ids)
@@ -327,6 +331,7 @@ def enable_shifted_attention(
     pattern: AttentionPattern = S2,
     follows: ShiftedAttention | None = None,
     process_group: dist.ProcessGroup | None = None,
+    target_length: int | None = None,
 ) -> ShiftedAttention:
     """Train `model` with S²-Attn; evaluation and generation keep the model's own attention.
 
@@ -340,6 +345,7 @@ def enable_shifted_attention(
         process_group: processes that share each row, each with the same model, in training mode,
             on a contiguous shard, in the order of ranks, with its `position_ids` of the whole row.
             Passes that do not train attend inside the shard (docs: one row over several GPUs).
+        target_length: of a pattern that skips positions: tokens that they reach to.
 
     Returns:
         A handle: `.layers` covered, `.remove()`.
@@ -352,17 +358,7 @@ def enable_shifted_attention(
     check_settings(group_size, full_attention_below)
     covered, skipped = eligible_layers(model)
     if not covered:
-        reasons = "; ".join(f"{count} × {reason}" for reason, count in skipped.items())
-        remedy = (
-            "; write model_config: {sliding_window: null} to train and serve it without the "
-            "window, or longlora: {shifted_attention: false}"
-            if "sliding window" in reasons
-            else ""
-        )
-        raise ValueError(
-            f"shifted attention covers no layer of {type(model).__name__}: "
-            f"{reasons or 'no attention of it goes through the interface of transformers'}{remedy}"
-        )
+        raise _nothing_covered(model, skipped)
     if any(MARK in module.__dict__ for module in covered):
         raise ValueError("shifted attention is already enabled on this model; remove() it first")
     for implementation in {module.config._attn_implementation for module in covered}:
@@ -376,6 +372,20 @@ def enable_shifted_attention(
         shards=shards_of(model, skipped, process_group),
     )
     handle.follows = follows
-    handle.watch(model)
+    handle.watch(model, target_length)
     enable(handle, covered)
     return handle
+
+
+def _nothing_covered(model: torch.nn.Module, skipped: Counter[str]) -> ValueError:
+    reasons = "; ".join(f"{count} × {reason}" for reason, count in skipped.items())
+    remedy = (
+        "; write model_config: {sliding_window: null} to train and serve it without the window, "
+        "or longlora: {shifted_attention: false}"
+        if "sliding window" in reasons
+        else ""
+    )
+    return ValueError(
+        f"shifted attention covers no layer of {type(model).__name__}: "
+        f"{reasons or 'no attention of it goes through the interface of transformers'}{remedy}"
+    )

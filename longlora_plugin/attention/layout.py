@@ -32,10 +32,13 @@ class AttentionPattern:
         name: what recipes write.
         shifts: function of (heads, group_size) → one shift per head, 0 ≤ shift < group_size.
             Heads of equal shift should be neighbours: each run of them is one kernel call.
+        skips_positions: each segment's positions leave out a random stretch (`pose.py`); all
+            shifts must be 0.
     """
 
     name: str
     shifts: Callable[[int, int], Sequence[int]]
+    skips_positions: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ def _half_shifted(heads: int, group_size: int) -> list[int]:
 
 
 S2 = AttentionPattern("s2", _half_shifted)
-PATTERNS = {"s2": S2}
+POSE = AttentionPattern("pose", lambda heads, group_size: [0] * heads, skips_positions=True)
+PATTERNS = {pattern.name: pattern for pattern in (S2, POSE)}
 
 
 @hookimpl
@@ -77,10 +81,11 @@ def head_runs(
     shared = kv_heads == 1
     units, per_unit = (heads, 1) if shared else (kv_heads, heads // kv_heads)
     shifts = list(pattern.shifts(units, group_size))
-    if len(shifts) != units or not all(0 <= shift < group_size for shift in shifts):
+    highest = 0 if pattern.skips_positions else group_size - 1
+    if len(shifts) != units or not all(0 <= shift <= highest for shift in shifts):
         raise ValueError(
             f"attention pattern {pattern.name!r} returned {shifts} for {units} heads and group "
-            f"size {group_size}; it must return {units} shifts from 0 to {group_size - 1}"
+            f"size {group_size}; it must return {units} shifts from 0 to {highest}"
         )
     runs = []
     first = 0

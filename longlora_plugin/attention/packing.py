@@ -48,6 +48,13 @@ class Documents:
         """Real tokens of all rows."""
         return sum(self.intervals[-1])
 
+    def are_those_of(self, other: Documents) -> bool:
+        """Whether both are the same documents of the same tokens."""
+        if self is other:
+            return True
+        alike = (self.real is None) == (other.real is None) and self.intervals == other.intervals
+        return alike and (self.real is None or torch.equal(self.real, other.real))
+
     def real_on(self, device: torch.device) -> torch.Tensor | None:
         """`real` on a device; copied once for all layers."""
         if self.real is not None and device not in self._copies:

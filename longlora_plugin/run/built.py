@@ -61,6 +61,7 @@ def enable_attention(run: PreparedRun, model: Any) -> ShiftedAttention | None:
         group_size=run.group_size,
         full_attention_below=run.block.full_attention_below,
         pattern=find("longlora_attention_patterns", run.block.attention_pattern),
+        target_length=run.target_context,
     )
     if run.context_parallel > 1:
         from longlora_plugin.attention.eligibility import check_shardable

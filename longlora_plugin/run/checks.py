@@ -23,6 +23,7 @@ from longlora_plugin.run.axolotl_keys import (
     value_of,
 )
 from longlora_plugin.run.base_model import PlainConfig
+from longlora_plugin.run.context_parallel import spellings_of
 from longlora_plugin.run.refusals import refused
 
 TRL_ATTACHES_ADAPTER = ("dpo", "ipo", "kto")
@@ -52,7 +53,7 @@ def problems_of(
         checks += [
             partial(block.group_size_for, sequence_len),
             lambda: kernel_kind(attention_implementation(recipe)),
-            partial(find, "longlora_attention_patterns", block.attention_pattern),
+            partial(_check_pattern, recipe, block),
         ]
         if base_config is not None:
             checks.append(partial(_check_family, recipe, base_config))
@@ -69,6 +70,20 @@ def problems_of(
             check()
         except ValueError as error:
             yield str(error)
+
+
+def _check_pattern(recipe: Mapping[str, Any], block: LongLoRAConfig) -> None:
+    pattern = find("longlora_attention_patterns", block.attention_pattern)
+    if not pattern.skips_positions:
+        return
+    shared = {key: size for key, size in spellings_of(recipe).items() if str(size) != "1"}
+    for key, value in {"rl": recipe.get("rl"), **shared}.items():
+        if value:
+            raise ValueError(
+                f"{key}: {value} does not work with longlora: {{attention_pattern: "
+                f"{pattern.name}}}, whose positions are drawn anew for each pass over whole rows; "
+                "write attention_pattern: s2"
+            )
 
 
 def check_rope_is_ours(
@@ -139,12 +154,6 @@ def _check_lm_eval(recipe: Mapping[str, Any]) -> None:
 
 def _check_tiled_mlp(recipe: Mapping[str, Any]) -> None:
     rows = str(recipe.get("micro_batch_size") or 1)
-    if recipe.get("tiled_mlp") and recipe.get("fsdp_config"):
-        raise ValueError(
-            "tiled_mlp: true with fsdp_config: in the backward pass Axolotl frees weights of a "
-            "layer that still needs them, and the processes crash. Write deepspeed: …/zero3.json "
-            "instead of fsdp_config, or remove tiled_mlp"
-        )
     if not recipe.get("tiled_mlp") or rows == "1" or recipe.get("sample_packing"):
         return
     raise ValueError(

@@ -114,7 +114,8 @@ REFUSALS = (
         "use_pose",
         "it trains short rows at far positions: RoPE would be scaled to sequence_len instead of "
         "pose_max_context_len, and each jump of positions would be taken for a new document",
-        "remove it, and write the context to extend to as sequence_len",
+        "remove it, and write the context to extend to as sequence_len and longlora: "
+        "{attention_pattern: pose}",
     ),
     Refusal("flash_optimum", "it needs optimum's BetterTransformer, which is gone", REMOVE),
     Refusal(

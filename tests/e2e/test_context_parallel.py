@@ -6,7 +6,6 @@ by definition (`flash_shim.py`); 0.21 has ringmaster.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import re
@@ -15,12 +14,10 @@ from typing import Any
 
 import pytest
 import trainer_runs
-from packaging.version import Version
 from trainer_runs import Run
 
 from longlora_plugin.run.context_parallel import splits_with_ring_flash_attn
 
-AXOLOTL = Version(importlib.metadata.version("axolotl"))
 RING = splits_with_ring_flash_attn()
 NEEDS = "ring_flash_attn" if RING else "ringmaster"
 pytestmark = [
@@ -31,11 +28,11 @@ pytestmark = [
     ),
 ]
 deepspeed = pytest.mark.skipif(
-    Version("0.21.dev0") > AXOLOTL, reason="refused: before Axolotl 0.21 processes lose rows"
+    RING, reason="with DeepSpeed, Axolotl 0.19 gives processes different rows: refused"
 )
 TOLERANCE = 2e-3
-CLOSE = 1e-3
-PLUGINS = ["longlora_plugin.LongLoRAPlugin", "cpu_shim.CpuShim", "kill_switch.KillSwitch"]
+CLOSE = 3e-3 if RING else 1e-3
+"""ring-flash-attn 0.1.8 rounds the query's gradient to bf16, in the steps with full attention."""
 HALF_MASKED = {
     "field_instruction": "question",
     "field_output": "answer",
@@ -70,15 +67,6 @@ FSDP2 = {
         "reshard_after_forward": True,
     },
 }
-
-
-# What rows of a million tokens need to be held in memory.
-LIGER = {
-    "liger_fused_linear_cross_entropy": True,
-    "plugins": ["liger_shim.LigerShim", "axolotl.integrations.liger.LigerPlugin"],
-}
-TILED = {**LIGER, "tiled_mlp": True, "tiled_mlp_num_shards": 3}
-OFFLOADED = {**LIGER, "activation_offloading": "hidden_states"}
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +107,12 @@ def train(tmp_path_factory, material, tiny_model_dir):
         folder = keys.pop("folder", None) or tmp_path_factory.mktemp(rows)
         if processes > 1:
             keys = {"context_parallel_size": processes, **keys}
-            if RING:
+            if RING or keys.get("attn_implementation") == "flash_attention_2":
                 keys["attn_implementation"] = "flash_attention_2"
-        keys["plugins"] = [*PLUGINS, *keys.pop("plugins", [])]
-        if keys.get("attn_implementation") == "flash_attention_2":
-            keys["plugins"].append("flash_shim.FlashShim")
+                keys["plugins"] = [
+                    *("longlora_plugin.LongLoRAPlugin", "cpu_shim.CpuShim"),
+                    *("flash_shim.FlashShim", "kill_switch.KillSwitch"),
+                ]
         recipe = trainer_runs.write_recipe(folder, tiny_model_dir("untied"), data, keys)
         return trainer_runs.train(recipe, processes=processes, env=env)
 
@@ -206,17 +195,16 @@ def test_shared_rows_under_zero2_killed_and_resumed_equal_one_process(train, tmp
 
 
 @deepspeed
-def test_packed_rows_under_zero3_with_tiled_ffns_equal_one_process(train, one_process, tmp_path):
-    keys = {"attn_implementation": "flash_attention_2", "deepspeed": zero(3, tmp_path)}
-    shared = train("packed", 2, **keys, **TILED).ok()
+def test_packed_rows_under_zero3_equal_one_process(train, one_process, tmp_path):
+    shared = train(
+        "packed", 2, attn_implementation="flash_attention_2", deepspeed=zero(3, tmp_path)
+    ).ok()
     assert list(shared.output_dir.glob("checkpoint-6/global_step6/*zero_pp_rank_1*"))
     check(shared, one_process("packed"))
 
 
-def test_packed_rows_under_fsdp2_as_in_the_recipe_for_a_million_equal_one_process(
-    train, one_process
-):
-    shared = train("packed", 2, **FSDP2, **OFFLOADED).ok()
+def test_packed_rows_under_fsdp2_equal_one_process(train, one_process):
+    shared = train("packed", 2, **FSDP2).ok()
     assert (shared.output_dir / "checkpoint-6/pytorch_model_fsdp_0/__1_0.distcp").exists()
     (told,) = re.findall("context parallel over 2 processes: .*", shared.log)
     assert told.startswith("context parallel over 2 processes: 64 tokens each, up to ")
