@@ -86,7 +86,7 @@ def remedies_for(run: Training, *, adapter: bool) -> Iterator[Remedy]:
             "the layers' forward pass once more",
             {"checkpointing": True},
         )
-    if run.mlp_tiles == 1 and run.tokens > MLP_TILE:
+    if run.mlp_tiles == 1 and run.tokens > MLP_TILE and run.engine != "fsdp":  # crashes there
         yield Remedy(
             "mlp",
             "tiled_mlp: true",

@@ -154,6 +154,12 @@ def _check_lm_eval(recipe: Mapping[str, Any]) -> None:
 
 def _check_tiled_mlp(recipe: Mapping[str, Any]) -> None:
     rows = str(recipe.get("micro_batch_size") or 1)
+    if recipe.get("tiled_mlp") and recipe.get("fsdp_config"):
+        raise ValueError(
+            "tiled_mlp: true with fsdp_config: in the backward pass Axolotl frees weights of a "
+            "layer that still needs them, and the processes crash. Write deepspeed: …/zero3.json "
+            "instead of fsdp_config, or remove tiled_mlp"
+        )
     if not recipe.get("tiled_mlp") or rows == "1" or recipe.get("sample_packing"):
         return
     raise ValueError(

@@ -175,6 +175,7 @@ def test_missing_sequence_len_is_axolotls_default():
         ),
         (recipe(sage_attention=True), llama(), ["sage"]),
         (recipe(context_parallel_size=2, rl="dpo"), llama(), ["context_parallel_size: 2", "dpo"]),
+        (recipe(tiled_mlp=True, fsdp_config={"x": 1}), llama(), ["fsdp_config: in", "zero3.json"]),
         (recipe(tiled_mlp=True, micro_batch_size=2), llama(), ["tiled_mlp: true", "size: 1 with"]),
         (recipe(scaling_softmax=True), llama(), ["scaling_softmax: true", "evaluation only"]),
         (

@@ -5,11 +5,21 @@ The real ring-flash-attn runs on it, and with that Axolotl 0.19's context parall
 
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from axolotl.integrations.base import BasePlugin
 
 STAND_INS = Path(__file__).parent / "stand_ins"
+
+
+class Wider(ModuleType):
+    """torch, with fp32 for the bf16 of FlashAttention, and fp64 for what adds it up."""
+
+    bfloat16, float32 = torch.float32, torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
 
 
 def install():
@@ -32,3 +42,9 @@ def install():
 class FlashShim(BasePlugin):
     def register(self, cfg):
         install()
+
+    def pre_model_load(self, cfg):
+        # Rows here are fp32, and ring-flash-attn would add gradients up in place of their parts.
+        for name, module in sys.modules.items():
+            if name.startswith("ring_flash_attn.ring"):
+                module.torch = Wider("torch")

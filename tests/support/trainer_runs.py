@@ -34,7 +34,10 @@ ENV = {
     # Without it accelerate looks for GPUs to put FSDP's processes on.
     "ACCELERATE_TORCH_DEVICE": "cpu",
 }
-TIMEOUT = 600
+TIMEOUT = 180
+"""Seconds after which a run counts as hanging: several times what it takes on a busy machine."""
+LAUNCHED = 300
+"""The same where each process imports Axolotl anew."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def launch(recipe: Path, *, deepspeed: Path, env: Mapping[str, str] | None = Non
         env={**os.environ, **ENV, "PYTHONPATH": python_path(), **(env or {})},
     )
     try:
-        log, _ = process.communicate(timeout=TIMEOUT)
+        log, _ = process.communicate(timeout=LAUNCHED)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         log, _ = process.communicate()
