@@ -247,8 +247,7 @@ class LongLoRAPlugin(BasePlugin):
                 "context parallelism: Axolotl has not been told of DeepSpeed, with which this run "
                 "was launched; write deepspeed: and its file into the recipe as well"
             )
-        rows = 1 if cfg.sample_packing else cfg.micro_batch_size
-        check_padding(trainer.processing_class, rows)
+        check_padding(trainer.processing_class, packed=bool(cfg.sample_packing))
         if deepspeed:
             self._undo.append(train_under_deepspeed(trainer, run.context_parallel))
         model = trainer.model

@@ -29,16 +29,17 @@ def group_of_rows(*, deepspeed: bool) -> Any:
     return get_ring_attn_group()
 
 
-def check_padding(tokenizer: Any, rows: int) -> None:
-    """Raise RecipeError where several rows of a batch are padded on the left.
+def check_padding(tokenizer: Any, *, packed: bool) -> None:
+    """Raise RecipeError where rows are padded on the left: rows of a batch to the longest, and each
+    to a multiple of 64 tokens.
 
-    Their positions would not be those that Axolotl counts from the start of the row.
+    Attention over shards is told of no padding, and 0.20 and later stop at the first batch.
     """
-    if rows > 1 and getattr(tokenizer, "padding_side", "right") == "left":
+    if not packed and getattr(tokenizer, "padding_side", "right") == "left":
         raise RecipeError(
-            f"context parallelism with micro_batch_size: {rows} and a tokenizer that pads on the "
-            "left: Axolotl counts positions from the start of the padding. Write "
-            "micro_batch_size: 1 with gradient_accumulation_steps, or sample_packing: true"
+            "context parallelism with a tokenizer that pads on the left, as Axolotl has Mistral's "
+            "do with FlashAttention: attention over shards takes padding for text. Write "
+            "sample_packing: true, or use a tokenizer that pads on the right"
         )
 
 

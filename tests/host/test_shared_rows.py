@@ -104,12 +104,12 @@ def test_a_model_whose_loss_cannot_be_told_is_refused(model):
         weigh_targets(Plain(), 2)
 
 
-def test_several_rows_padded_on_the_left_are_refused():
+def test_rows_padded_on_the_left_are_refused():
     left = SimpleNamespace(padding_side="left")
-    with pytest.raises(RecipeError, match="micro_batch_size: 2 and a tokenizer that pads on the"):
-        check_padding(left, 2)
-    check_padding(left, 1)
-    check_padding(SimpleNamespace(padding_side="right"), 2)
+    with pytest.raises(RecipeError, match=r"pads on the left.*sample_packing: true"):
+        check_padding(left, packed=False)
+    check_padding(left, packed=True)
+    check_padding(SimpleNamespace(padding_side="right"), packed=False)
 
 
 def test_a_launch_with_deepspeed_that_the_recipe_does_not_name_is_refused(monkeypatch):
