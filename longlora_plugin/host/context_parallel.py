@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from packaging.specifiers import SpecifierSet
 from torch.nn import functional
 
 from longlora_plugin.host.compat import RecipeError
@@ -104,44 +106,84 @@ def weigh_targets(model: torch.nn.Module, processes: int) -> Callable[[], None]:
 
 
 def train_under_deepspeed(trainer: Any, processes: int) -> Callable[[], None]:
-    """Make DeepSpeed's gradients of shared rows those of whole rows, and let runs go on.
+    """Make DeepSpeed's gradients of shared rows those of whole rows, and its rows the epoch's.
 
     Axolotl divides the loss by the processes that share a row, since ZeRO-1 and 2 sum their
-    gradients; ZeRO-3's reduce-scatter averages them (DeepSpeed 0.18.6 to 0.19.8). And transformers
-    resumes by the sampler of a data loader, which DeepSpeed's does not have.
+    gradients; ZeRO-3's reduce-scatter averages them. And DeepSpeed's data loader wraps another that
+    the trainer then tells neither its epoch nor how many rows a resumed run has trained.
 
     Args:
-        trainer: Axolotl's.
+        trainer: Axolotl's, before it trains.
         processes: that share a row.
 
     Returns:
         Function that undoes both.
+
+    Raises:
+        RecipeError: what ZeRO-3 of this DeepSpeed does with gradients is not known.
     """
     import transformers.trainer
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as ZeRO3
 
     accelerator, skip = trainer.accelerator, transformers.trainer.skip_first_batches
-    backward = accelerator.backward
-    reduce_scatter = ZeRO3._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads
-    averages = "sequence_parallel_size" not in inspect.getsource(reduce_scatter)
+    backward, share = accelerator.backward, accelerator.deepspeed_ulysses_dl_adapter
 
     def scaled_backward(loss: torch.Tensor, **options: Any) -> None:
         backward(loss * processes, **options)
 
+    def shared(loader: Any, model: Any) -> Any:
+        rows = share(loader, model)
+        rows.set_epoch = partial(_begin_epoch, rows)
+        return rows
+
     def skip_first_batches(rows: Any, count: int = 0) -> Any:
         if not isinstance(rows, UlyssesSPDataLoaderAdapter):
             return skip(rows, count)
-        for _ in range(count):
-            next(rows)
+        rows.trained = count  # dropped once the trainer has set the epoch
         return rows
 
-    if accelerator.state.deepspeed_plugin.zero_stage == 3 and averages:
+    if accelerator.state.deepspeed_plugin.zero_stage == 3 and _zero3_averages():
         accelerator.backward = scaled_backward
+    accelerator.deepspeed_ulysses_dl_adapter = shared
     transformers.trainer.skip_first_batches = skip_first_batches
 
     def undo() -> None:
-        vars(accelerator).pop("backward", None)
+        for name in ("backward", "deepspeed_ulysses_dl_adapter"):
+            vars(accelerator).pop(name, None)
         transformers.trainer.skip_first_batches = skip
 
     return undo
+
+
+def _begin_epoch(rows: Any, epoch: int) -> None:
+    """`set_epoch` of DeepSpeed's data loader, which would go on where the last epoch ended."""
+    sampler: Any = getattr(rows.dl.batch_sampler, "batch_sampler", None)  # of packed rows
+    for each in (rows.dl, sampler):
+        if hasattr(each, "set_epoch"):
+            each.set_epoch(epoch)
+    rows.iter = iter(rows.dl)
+    rows.micro_batches.clear()
+    for _ in range(vars(rows).pop("trained", 0)):
+        next(rows)
+
+
+def _zero3_averages() -> bool:
+    """Whether ZeRO-3 averages the gradients of a shared row, as DeepSpeed 0.18.6 to 0.19.8 do.
+
+    Raises:
+        RecipeError: another DeepSpeed.
+    """
+    import deepspeed
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as ZeRO3
+
+    version = deepspeed.__version__
+    reduce_scatter = getattr(ZeRO3, "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads", None)
+    known = SpecifierSet(">=0.18,<0.20").contains(version, prereleases=True)
+    if not known or reduce_scatter is None:
+        raise RecipeError(
+            f"context parallelism under ZeRO-3 of DeepSpeed {version}: whether it sums or averages "
+            "the gradients of a shared row is known of 0.18 and 0.19 alone; write deepspeed: and a "
+            'file with "stage": 2, or fsdp_version: 2 and fsdp_config instead, or install '
+            "deepspeed>=0.18.6,<0.20"
+        )
+    return "sequence_parallel_size" not in inspect.getsource(reduce_scatter)

@@ -191,10 +191,13 @@ def zero(stage: int, folder: Path) -> str:
 
 
 @deepspeed
-def test_shared_rows_under_zero2_killed_and_resumed_equal_one_process(train, tmp_path):
+def test_shared_rows_under_zero2_killed_and_resumed_equal_one_process(train, material, tmp_path):
     # DeepSpeed counts the rows of a step alike; on a CPU it gathers rows of one length only, and
     # cuts several into parts that are no tensors of their own.
     keys = {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "pad_to_sequence_len": True}
+    # Two rows to train on and four to evaluate: the run is resumed in the middle of epoch 2 of 3.
+    data = {"path": str(material / "prompts.jsonl"), "ds_type": "json", "split": "train[:6]"}
+    keys["datasets"] = [{**data, "type": HALF_MASKED}]
     alone = train("prompts", 1, **keys).ok()
     keys |= {"deepspeed": zero(2, tmp_path), "folder": tmp_path}
     killed = train("prompts", 2, env={"LONGLORA_TEST_KILL_AFTER": "4"}, **keys)
