@@ -349,6 +349,23 @@ CLAIMS = (
         unit="points",
     ),
     Claim(
+        "… and with `attention_pattern: pose`, the last 30 % full",
+        "not in the paper",
+        X32_FULL,
+        ("x32-rivals", "attention_pattern: pose, last 30% full"),
+        recalled("all"),
+        equal=True,
+        unit="points",
+    ),
+    Claim(
+        "×32, three times as many steps: S² trains as well as full attention, last half",
+        "8.08 against 8.04 at 32k, ×8 (Table 1)",
+        ("x32-longer", "S²"),
+        ("x32-longer", "full attention"),
+        at("last"),
+        equal=True,
+    ),
+    Claim(
         "×32: groups without shift are worse than S²",
         "9.47 against 8.08 at 32k, +17 % (Table 1)",
         ("x32", "groups, no shift"),

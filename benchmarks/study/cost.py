@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import statistics
+from dataclasses import replace
+
 from benchmarks.study.settings import Settings
 from benchmarks.study.sinks import allowed
 
 HEADS, LAYERS = 8, 4
 
 
+@functools.cache
 def sparse_share(settings: Settings) -> float:
     """Pairs of one sparse layer over those of a full one."""
     if settings.attention == "full":
         return 1.0
+    if settings.growing:
+        sizes = [replace(settings, growing=(), group=group) for group in settings.growing]
+        return statistics.fmean(map(sparse_share, sizes))
     group, length = settings.group, settings.target
-    if settings.attention == "groups":
+    if settings.attention in ("groups", "pose"):
         whole, rest = divmod(length, group)
         pairs = whole * group * (group + 1) // 2 + rest * (rest + 1) // 2
         return pairs / (length * (length + 1) // 2)

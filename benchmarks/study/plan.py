@@ -15,15 +15,17 @@ LATE = (
     *(("four-times", label) for label in ("full attention", "S²", "S², last 10% full")),
     *(("presets", label) for label in ("dynamic", "none")),
     ("steps", "full attention"),
-    *(("x32-methods", f"LoRA r=8{more}") for more in ("", " + norm", " + embed")),
-    ("x32-methods", "LongLoRA, linear"),
 )
 """(question, label) of rows that are made last."""
+
+NOT_QUICK = ("x32-rivals", "x32-longer", "x32-methods")
+"""Questions with several seeds that the quick mode leaves out."""
 
 MAIN = Settings(finish=0.1)
 PAPER = Settings(rope="linear")
 RETRIEVAL = Settings(task="retrieval")
 HARD = replace(RETRIEVAL, rope="linear")
+GROWING = (256, 512, 1024)
 X32 = Settings(task="recall", steps=60, tokens_a_step=2048)
 UNTRAINED = Settings(attention="full", steps=0)
 
@@ -101,7 +103,7 @@ X32_ROWS = (
     Row("YaRN, untrained", replace(X32, attention="full", steps=0), ONE),
     Row("full attention", replace(X32, attention="full")),
     Row("S²", X32),
-    *finishing(X32, {0.05: ONE, 0.1: SEEDS, 0.25: SEEDS, 0.34: ONE}),
+    *finishing(X32, dict.fromkeys((0.05, 0.1, 0.25, 0.34), SEEDS)),
     Row("groups, no shift", replace(X32, attention="groups")),
 )
 
@@ -119,27 +121,45 @@ X32_RIVALS = (
         replace(X32, attention="full", short_share=0.75, skipped=True),
     ),
     Row(
+        "PoSE, rows of 512, last 34% long",
+        replace(X32, attention="full", short_share=0.66, skipped=True),
+    ),
+    Row("attention_pattern: pose, last 30% full", replace(X32, attention="pose", finish=0.3)),
+    Row(
+        "PoSE, rows of 512, last 30% long",
+        replace(X32, attention="full", short_share=0.7, skipped=True),
+    ),
+    Row(
         "PoSE, rows of 512, last 10% long",
         replace(X32, attention="full", short_share=0.9, skipped=True),
-        ONE,
     ),
-    Row("S², random 25% full", replace(X32, random_full=0.25), ONE),
-    Row("S² with 256 sink tokens", replace(X32, attention="sinks", sinks=256), ONE),
+    Row("S², random 25% full", replace(X32, random_full=0.25)),
+    Row("S², groups 256, 512, 1024, last 25% full", replace(X32, growing=GROWING, finish=0.25)),
+    Row("S² with 256 sink tokens", replace(X32, attention="sinks", sinks=256)),
     Row("S², first layer full", replace(X32, full_layers=(0,))),
-    Row("S², first layer full, last 10% full", replace(X32, full_layers=(0,), finish=0.1), ONE),
+    Row("S², first layer full, last 10% full", replace(X32, full_layers=(0,), finish=0.1)),
 )
 
 X32_METHODS = (
-    Row("LoRA r=8", replace(X32, finish=0.1, method="lora"), ONE),
-    Row("LoRA r=8 + norm", replace(X32, finish=0.1, method="lora+norm"), ONE),
-    Row("LoRA r=8 + embed", replace(X32, finish=0.1, method="lora+embed"), ONE),
+    Row("LoRA r=8", replace(X32, finish=0.1, method="lora")),
+    Row("LoRA r=8 + norm", replace(X32, finish=0.1, method="lora+norm")),
+    Row("LoRA r=8 + embed", replace(X32, finish=0.1, method="lora+embed")),
     Row("LongLoRA (both)", replace(X32, finish=0.1)),
-    Row("LongLoRA, linear", replace(X32, finish=0.1, rope="linear"), ONE),
+    Row("LongLoRA, linear", replace(X32, finish=0.1, rope="linear")),
+)
+
+LONGER = replace(X32, steps=180)
+X32_LONGER = (
+    Row("full attention", replace(LONGER, attention="full")),
+    Row("S²", LONGER),
+    *finishing(LONGER, {0.25: SEEDS}),
+    Row("attention_pattern: pose, last 30% full", replace(LONGER, attention="pose", finish=0.3)),
 )
 
 QUESTIONS = (
     Question("x32", "×32 from 64 bytes, YaRN", X32_ROWS),
     Question("x32-rivals", "×32: rivals at about the cost of S² with a full finish", X32_RIVALS),
+    Question("x32-longer", "×32: three times as many steps", X32_LONGER),
     Question("x32-methods", "×32: what is trained, and RoPE, S², last 10 % full", X32_METHODS),
     Question(
         "remedy-yarn",
@@ -271,14 +291,15 @@ def runs(*, quick: bool = False) -> list[Settings]:
     Args:
         quick: only the first seed of the main rows.
     """
-    rows = [row for question in QUESTIONS for row in question.rows]
-    late = [row for q in QUESTIONS for row in q.rows if (q.name, row.label) in LATE]
-    main = [row for row in rows if row.seeds == SEEDS]
-    single = [row for row in rows if row.seeds == ONE]
+    rows = [(q.name, row) for q in QUESTIONS for row in q.rows]
+    core = [row for name, row in rows if row.seeds == SEEDS and name not in NOT_QUICK]
+    more = [row for name, row in rows if row.seeds == SEEDS and name in NOT_QUICK]
+    late = [row for name, row in rows if (name, row.label) in LATE]
+    early = [row for _, row in rows if row.seeds == ONE and row not in late]
     first, *further = SEEDS
-    passes = [(main, first)]
+    passes = [(core, first)]
     if not quick:
-        early = [row for row in single if row not in late]
-        passes += [(early, first), *((main, seed) for seed in further), (late, first)]
+        passes += [(more, first), (early, first)]
+        passes += [*((core + more, seed) for seed in further), (late, first)]
     wanted = {replace(row.settings, seed=seed): None for some, seed in passes for row in some}
     return list(wanted)

@@ -35,7 +35,11 @@ class Table:
         return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
-NEAR = "×32: who comes near full attention?"
+NEAR = {
+    "×32: who comes near full attention?": ("x32", "x32-rivals"),
+    "×32: and after three times as many steps?": ("x32-longer",),
+}
+"""Title → the questions whose rows are compared with the full attention of the first."""
 RETRIEVAL_LENGTHS = (256, 512, 1024, 2048)
 RECALLED = {"facts recalled": "all", "256–512 back": "256-512", "over 1024 back": "1024-2048"}
 
@@ -50,6 +54,7 @@ def _measured(figure: Callable[[figures.Measured], float]) -> Callable[..., Valu
 def columns_of(question: Question) -> list[Column]:
     """What a question's table shows beside the label and the number of seeds."""
     settings = question.rows[-1].settings
+    target = settings.target
     if question.name == "steps":
         steps = (*settings.watch, settings.steps)
         return [(f"{step} steps", _measured(figures.at_step(step)), 2) for step in steps]
@@ -58,7 +63,7 @@ def columns_of(question: Question) -> list[Column]:
         ("in rows of 64", _measured(figures.short), 2)
         if settings.task == "recall"
         else ("at 0–256", _measured(figures.at("first")), 2),
-        (f"at {settings.target // 2}–{settings.target}", _measured(figures.at("last")), 2),
+        (f"at {target // 2}–{target}", _measured(figures.at("last")), 2),
     ]
     full = next((row for row in question.rows if row.label == "full attention"), None)
     if full is not None and settings.steps:
@@ -218,10 +223,12 @@ def write_page(results: Results, folder: Path) -> Path:
         image = f"study-{question.name}.png"
         plot(question, results, folder / image)
         parts += [f"## {question.title}", table.markdown(), f"![{question.title}]({image})"]
-    near = rivals.lines(results)
-    if near:
-        where = next(i for i, part in enumerate(parts) if part.startswith("## ×32"))
-        parts[where:where] = [f"## {NEAR}", Table(rivals.HEADER, near).markdown()]
+    where = next((i for i, part in enumerate(parts) if part.startswith("## ×32")), len(parts))
+    for title, questions in NEAR.items():
+        near = rivals.lines(results, questions)
+        if near:
+            parts[where:where] = [f"## {title}", Table(rivals.HEADER, near).markdown()]
+            where += 2
     if results.timing:
         parts += ["## Time", _time_text(results.timing)]
     if results.missing():

@@ -12,7 +12,7 @@ BASE_CONTEXT = {"books": 256, "retrieval": 256, "recall": 64}
 TEST_VERSION = {"books": "", "retrieval": "#2", "recall": ""}
 """Changes with how a task is trained for or measured, so that older runs of it are made again."""
 
-LATER = ("short_share", "short_rows", "skipped")
+LATER = ("short_share", "short_rows", "skipped", "growing")
 """Settings that came after the first runs: they are part of a name only where they are used."""
 
 
@@ -26,9 +26,11 @@ class Settings:
         method: `longlora`, `lora`, `lora+norm`, `lora+embed`, `full` (every weight); LoRA on the
             embeddings, too: `lora-on-embed`, `lora-on-embed+norm`.
         rank: of LoRA; alpha is twice the rank.
-        attention: `s2`, `full`, `groups` (no head is shifted) or `sinks` (S²-Attn whose queries
-            also see the first `sinks` tokens).
+        attention: `s2`, `full`, `groups` (no head is shifted), `pose` (nor is here, and positions
+            skip) or `sinks` (S²-Attn whose queries also see the first `sinks` tokens).
         group: tokens in a group.
+        growing: instead of `group`: one size after the other, in equal parts of the steps before
+            the finish.
         finish: share of the steps, the last ones, with full attention.
         random_full: share of the steps, drawn at random, with full attention.
         full_layers: decoder layers that keep full attention.
@@ -62,6 +64,12 @@ class Settings:
     short_share: float = 0.0
     short_rows: int = 512
     skipped: bool = False
+    growing: tuple[int, ...] = ()
+
+    def group_at(self, step: int) -> int:
+        """Tokens in a group at a step before the finish."""
+        before = self.steps - self.finishing_steps
+        return self.growing[step * len(self.growing) // before] if self.growing else self.group
 
     @property
     def short_steps(self) -> int:

@@ -24,7 +24,8 @@ from benchmarks.study.data import Books, book_batches, plant
 from benchmarks.study.settings import Settings
 from benchmarks.study.sinks import attend_with_sinks
 from longlora_plugin.adapter.modules import embedding_modules, norm_modules, shortest_names
-from longlora_plugin.attention import AttentionPattern, enable_shifted_attention
+from longlora_plugin.attention import S2, AttentionPattern, enable_shifted_attention
+from longlora_plugin.attention.layout import POSE
 from longlora_plugin.rope import apply_rope, resolve_rope
 
 WARMUP_STEPS = 10
@@ -32,7 +33,11 @@ PLANT = {
     "retrieval": lambda windows, books, generator: plant(windows, books.alphabet, generator),
     "recall": lambda windows, books, generator: recall.plant(windows, generator),
 }
-GROUPS_WITHOUT_SHIFT = AttentionPattern("groups", lambda heads, group_size: [0] * heads)
+PATTERNS = {
+    "s2": S2,
+    "pose": POSE,
+    "groups": AttentionPattern("groups", lambda heads, group_size: [0] * heads),
+}
 
 
 def load(model_dir: Path, settings: Settings) -> Any:
@@ -89,18 +94,35 @@ class Attention:
             for name, module in model.named_modules()
             if name.endswith("self_attn") and int(name.split(".")[-2]) not in settings.full_layers
         ]
-        self.handle = None
-        if settings.attention in ("s2", "groups"):
-            pattern = {"pattern": GROUPS_WITHOUT_SHIFT} if settings.attention == "groups" else {}
-            self.handle = enable_shifted_attention(model, group_size=settings.group, **pattern)
+        self.handle: Any = None
+        self.calls_before = 0
+        if settings.attention in PATTERNS:
+            self.enable(settings.group_at(0))
         elif settings.attention == "sinks":
             attend = attend_with_sinks(settings.group, settings.sinks, settings.target)
             AttentionInterface.register("study_sinks", attend)
 
-    def train(self, *, sparse: bool) -> None:
+    def enable(self, group: int) -> None:
+        """Sparse attention with this group size, instead of the one before."""
+        self.remove()
+        self.handle = enable_shifted_attention(
+            self.model,
+            group_size=group,
+            pattern=PATTERNS[self.settings.attention],
+            target_length=self.settings.target,
+        )
+
+    @property
+    def calls(self) -> int:
+        """Layers that have run with sparse attention, over all steps."""
+        return self.calls_before + (self.handle.calls if self.handle is not None else 0)
+
+    def train(self, *, sparse: bool, step: int = 0) -> None:
         """Training mode; layers in evaluation mode keep the model's own attention."""
         self.model.train()
         if self.handle is not None:
+            if self.settings.growing and sparse:
+                self.enable(self.settings.group_at(step))
             self.handle.active = sparse
             if self.settings.full_layers:
                 for name, module in self.model.named_modules():
@@ -116,7 +138,9 @@ class Attention:
 
     def remove(self) -> None:
         if self.handle is not None:
+            self.calls_before += self.handle.calls
             self.handle.remove()
+            self.handle = None
 
 
 def run(settings: Settings, model_dir: Path, books: Books) -> dict[str, Any]:
@@ -149,7 +173,7 @@ def _train_and_measure(
             watched[step] = look(measure.QUICK_WINDOWS)
         batch = next(rows)
         sparse = step not in full_steps
-        attention.train(sparse=sparse)
+        attention.train(sparse=sparse, step=step)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS)
         started = time.perf_counter()
@@ -242,7 +266,7 @@ def _check_it_engaged(attention: Attention, settings: Settings, full_steps: set[
         return
     sparse_steps = settings.steps - len(full_steps)
     expected = sparse_steps * len(attention.sparse_layers)
-    if attention.handle.calls != expected:
+    if attention.calls != expected:
         raise RuntimeError(
-            f"{settings.key}: sparse attention ran {attention.handle.calls} times, not {expected}"
+            f"{settings.key}: sparse attention ran {attention.calls} times, not {expected}"
         )

@@ -24,6 +24,9 @@ TAGS = ("longlora", "long-context")
 KEPT = ("license", "license_name", "license_link", "language")
 """Metadata of the base model's card that also holds for what was made from it."""
 
+SPARSE = {"s2": "shifted sparse attention", "pose": "attention inside groups whose positions skip"}
+"""Attention pattern → what a card calls it."""
+
 
 def write_card(folder: Path, manifest: Manifest, kind: Kind, *, called: Path | None = None) -> None:
     """Write or bring up to date the model card of a folder.
@@ -122,10 +125,11 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if manifest.group_size:
         yield (
             "training attention",
-            f"shifted sparse attention (`{manifest.attention_pattern}`) in groups of "
-            f"{manifest.group_size:,} tokens, {manifest.covered_layers} layers; full attention in "
-            f"the last {manifest.full_attention_steps} of {manifest.steps} steps. Evaluation and "
-            "generation use the model's own full attention",
+            f"{SPARSE.get(manifest.attention_pattern or '', 'sparse attention')} "
+            f"(`{manifest.attention_pattern}`) in groups of {manifest.group_size:,} tokens, "
+            f"{manifest.covered_layers} layers; full attention in the last "
+            f"{manifest.full_attention_steps} of {manifest.steps} steps. Evaluation and generation "
+            "use the model's own full attention",
         )
     if manifest.adapter:
         kinds = ", ".join(manifest.trainable)

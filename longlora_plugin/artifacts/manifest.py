@@ -133,14 +133,18 @@ def find_manifest(name: str) -> Manifest:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             folder = Path(hf_hub_download(name, FILE)).parent
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"there is no folder {name}, and no model of that name with a {FILE} was found: "
-                f"{str(error).strip().splitlines()[0]}"
-            ) from None
+            offline = isinstance(error, LocalEntryNotFoundError)
+            if offline or not isinstance(error, EntryNotFoundError):
+                reason = "the Hugging Face hub cannot be reached, or HF_HUB_OFFLINE is set"
+                raise ValueError(
+                    f"there is no folder {name}, and no model of that name was found: "
+                    f"{reason if offline else str(error).strip().splitlines()[0]}"
+                ) from None
     manifest = read_manifest(folder)
     if manifest is None:
         raise ValueError(

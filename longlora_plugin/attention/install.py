@@ -91,6 +91,11 @@ class ShiftedAttention:
         return len(self._modules)
 
     @property
+    def is_running(self) -> bool:
+        """Whether a forward pass of the model runs in this thread."""
+        return self._forwards.current is not None
+
+    @property
     def is_sharded(self) -> bool:
         return self._shards is not None
 
@@ -106,10 +111,11 @@ class ShiftedAttention:
         rows may have renamed it since.
 
         Raises:
-            ValueError: this process is not in the group.
+            ValueError: this process is not in the group, or the pattern needs whole rows.
         """
         shards = Shards(process_group)
         self._shards = shards if shards.size > 1 else None
+        pose.check_handle(self)
 
     def remove(self) -> None:
         """Bring the original behavior back; a second call does nothing."""
@@ -124,6 +130,7 @@ class ShiftedAttention:
         marks = (module.__dict__.get(MARK) for module in policy.modules())
         handle = next((mark for mark in marks if mark is not None), None)
         self.follows = None if handle is self else handle
+        pose.check_handle(self)
 
     def position_ids_of(self, config: Any) -> tuple[bool, torch.Tensor | None]:
         forward = self.training_pass(lambda module: getattr(module, "config", None) is config)

@@ -18,8 +18,15 @@ from typing import Any
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from longlora_plugin.attention.eligibility import attention_layers
 from longlora_plugin.attention.layout import AttentionPattern, segments
 from longlora_plugin.attention.packing import PADDING, Documents, from_ids
+
+INSIDE = (
+    "attention_pattern: pose changes the positions that rotary embeddings are given, and {name} "
+    "has them {where}; write attention_pattern: s2"
+)
+RECOMPUTED = "inside of its layers"
 
 
 @dataclass(frozen=True)
@@ -37,16 +44,29 @@ class Skipped:
     documents: Documents
 
 
-def skipped_positions(sizes: Sequence[int], target: int) -> torch.Tensor:
-    """Positions of segments that follow each other, int64 [T], drawn from torch's generator.
+def generator_of_pass() -> torch.Generator:
+    """Another one for each process and each pass, from one draw of torch's own generator.
+
+    One draw, however many segments a process has: those of all processes stay in step, and a
+    resumed run draws what it would have drawn.
+    """
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    return torch.Generator().manual_seed(int(torch.randint(2**62, ())) + rank)
+
+
+def skipped_positions(
+    sizes: Sequence[int], target: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Positions of segments that follow each other, int64 [T].
 
     Args:
         sizes: tokens of each segment.
         target: tokens that positions reach to; a longer segment skips none.
     """
     size = torch.tensor(sizes)
-    cut = 1 + (torch.rand(len(sizes)) * (size - 1)).long()
-    skip = (torch.rand(len(sizes)) * (target - size + 1).clamp(min=0)).long()
+    cut_share, skip_share = torch.rand(2, len(sizes), generator=generator)
+    cut = 1 + (cut_share * (size - 1)).long()
+    skip = (skip_share * (target - size + 1).clamp(min=0)).long()
     place = torch.arange(int(size.sum())) - (size.cumsum(0) - size).repeat_interleave(size)
     return place + torch.where(
         place >= cut.repeat_interleave(size), skip.repeat_interleave(size), 0
@@ -80,7 +100,7 @@ def skip(
     ids = None if attention_mask is None else torch.where(attention_mask.bool(), 0, PADDING)
     documents = from_ids(ids, given, batch=batch, length=length)
     cut = segments(documents.intervals, group_size, 0, full_attention_below)
-    skipping = skipped_positions([size for _, size in cut], target)
+    skipping = skipped_positions([size for _, size in cut], target, generator_of_pass())
     positions = torch.zeros(batch * length, dtype=torch.long)
     positions[slice(None) if documents.real is None else documents.real] = skipping
     return Skipped(given, positions.view(batch, length).to(given.device), documents)
@@ -112,12 +132,21 @@ def rotary_embeddings(model: torch.nn.Module, skipped: Mapping[str, int]) -> lis
         for part in layer.modules()
     }
     if not found or any(module in inside for module in found):
-        where = "inside of its layers" if found else "nowhere"
+        raise ValueError(INSIDE.format(name=name, where=RECOMPUTED if found else "nowhere"))
+    scaled = {
+        type(layer).__name__ for layer in attention_layers(model) if _scales_by_position(layer)
+    }
+    if scaled:
         raise ValueError(
-            f"attention_pattern: pose changes the positions that rotary embeddings are given, and "
-            f"{name} has them {where}; {instead}"
+            f"attention_pattern: pose: {', '.join(sorted(scaled))} scales its scores by the "
+            f"position as well, which is not changed; {instead}"
         )
     return found
+
+
+def _scales_by_position(layer: torch.nn.Module) -> bool:
+    code = inspect.unwrap(type(layer).forward).__code__
+    return bool({"get_llama_4_attn_scale", "attn_temperature_tuning"} & set(code.co_names))
 
 
 def _takes_positions(module: torch.nn.Module) -> bool:
@@ -137,11 +166,9 @@ def hooks(handle: Any, model: torch.nn.Module, target: int | None) -> list[Any]:
     Raises:
         ValueError: the handle shares rows or follows a policy, or positions cannot skip.
     """
-    if target is None or handle.is_sharded or handle.follows is not None:
-        raise ValueError(
-            f"the pattern {handle.pattern.name} needs target_length, and whole rows of a model "
-            "that no other one is compared with: no process_group and no follows"
-        )
+    if target is None:
+        raise ValueError(f"the pattern {handle.pattern.name} needs target_length")
+    check_handle(handle)
 
     @torch.compiler.disable
     def give(
@@ -149,6 +176,8 @@ def hooks(handle: Any, model: torch.nn.Module, target: int | None) -> list[Any]:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         forward = handle.training_pass(lambda covered: True)
         if forward is None:
+            if handle.active and module.training and not handle.is_running:
+                raise ValueError(INSIDE.format(name=type(module).__name__, where=RECOMPUTED))
             return None
         named = "position_ids" in kwargs
         given = kwargs["position_ids"] if named else args[1]
@@ -168,6 +197,15 @@ def hooks(handle: Any, model: torch.nn.Module, target: int | None) -> list[Any]:
 
     found = rotary_embeddings(model, handle.skipped)
     return [module.register_forward_pre_hook(give, with_kwargs=True) for module in found]
+
+
+def check_handle(handle: Any) -> None:
+    """Raise ValueError where positions that skip would differ between models or processes."""
+    if handle.pattern.skips_positions and (handle.is_sharded or handle.follows is not None):
+        raise ValueError(
+            f"the pattern {handle.pattern.name} needs whole rows of a model that no other one is "
+            "compared with: no process_group and no follows"
+        )
 
 
 def check_documents(pattern: AttentionPattern, forward: Any, documents: Documents) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 STANDARD_OUTPUT = "-"
-PICTURES = (".png", ".svg", ".pdf", ".jpg")
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 UNLIMITED = 10_000
 """Columns of what is not a terminal: nothing has to fit."""
 SPEED_OVER = 3600.0

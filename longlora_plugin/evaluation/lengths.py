@@ -94,6 +94,10 @@ class PerplexityByLength(Experiment):
                 "tokens; every length is measured on those, so that rows compare"
             )
         self.corpora = {label: corpus.only(used) for label, corpus in corpora.items()}
+        if len(options.buckets) == 1:
+            raise ValueError(
+                f"--buckets {options.buckets[0]} is one edge; write all of them, such as 0,256,512"
+            )
         for length in self.lengths:  # wrong strides and buckets are errors before a model loads
             sliding_windows([], length, options.stride_for(length))
             self._edges(length)

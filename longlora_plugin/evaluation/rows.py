@@ -41,7 +41,7 @@ class PerplexityFigures(TypedDict):
     data: Key[str, "the text as asked for"]
     data_digest: Key[str, "digest of its tokens"]
     base_context: Key[int, "tokens the base model handles as it is"]
-    target_context: Key[int, "tokens the recipe extends it to"]
+    target_context: Key[int, "tokens it was extended to"]
 
 
 class PasskeyFigures(TypedDict):

@@ -90,8 +90,8 @@ class Requests:
 
     base_url: str | None = option(
         None,
-        f"OpenAI-compatible endpoint, up to /v1; without it no model is asked. {KEY_VARIABLE}, an "
-        "environment variable, has its key.",
+        f"OpenAI-compatible endpoint, up to /v1; without it no model is asked. Its key is "
+        f"read from the environment variable {KEY_VARIABLE}.",
     )
     concurrency: int = option(4, "Requests at once.", min=1)
     retries: int = option(5, "Tries again, with back-off, after time-outs, 429 and 5xx.", min=0)

@@ -19,7 +19,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, bytes, dict[str, Any] | str]]:
     """
     try:
         with path.open("rb") as stream:
-            listed = stream.read(1) == b"["
+            listed = stream.read(4096).lstrip()[:1] == b"["
             stream.seek(0)
             for number, line in enumerate(map(line_of, json.load(stream)) if listed else stream, 1):
                 if line.strip():
@@ -33,6 +33,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, bytes, dict[str, Any] | str]]:
 def _row_in(line: bytes) -> dict[str, Any] | str:
     try:
         row: dict[str, Any] = json.loads(line)
+    except UnicodeDecodeError:
+        return "is not UTF-8; save the file as UTF-8"
     except (ValueError, RecursionError) as error:
         return f"is not JSON: {error}"
     try:

@@ -200,7 +200,7 @@ def wrong_names(raw: Mapping[str, Any]) -> list[str]:
         problems.append(f"adapter: got {adapter!r}; write adapter: longlora")
     if raw.get("s2_attention"):
         problems.append(
-            "s2_attention: Axolotl has it no more; remove the line: adapter: longlora, or a "
+            "s2_attention: Axolotl removed it; remove the line: adapter: longlora, or a "
             "longlora: block, trains with shifted attention"
         )
     return problems

@@ -56,7 +56,7 @@ def document_lengths(
 
 
 def missing_files(raw: Mapping[str, Any]) -> list[str]:
-    """A line for each data file that a recipe names and that is not here."""
+    """A line for each data file that a recipe names and that does not exist."""
     missing = []
     for section in ("datasets", "test_datasets"):
         rows = raw.get(section)

@@ -109,8 +109,8 @@ def resumable_fsdp(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         keys["gradient_checkpointing"] = recipe.get("gradient_checkpointing") or True
         changes.append(
             "fsdp_config.activation_checkpointing: true becomes gradient_checkpointing: true, "
-            "which recomputes the same: with the former FSDP2 saves no optimizer states beside "
-            "trained norms, so no run can go on from its checkpoints"
+            "which recomputes the same: with the former FSDP2 saves no optimizer states when "
+            "norms are trained, so no run can go on from its checkpoints"
         )
     return ({"fsdp_config": section, **keys}, changes) if changes else ({}, [])
 

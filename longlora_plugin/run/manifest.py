@@ -62,6 +62,7 @@ def check_start(run: PreparedRun) -> list[str]:
     Raises:
         ValueError: says both, and what to write.
     """
+    warnings = []
     for key in ("lora_model_dir", "resume_from_checkpoint"):
         folder = str(run.updates.get(key) or run.recipe.get(key) or "")
         manifest = None
@@ -71,11 +72,13 @@ def check_start(run: PreparedRun) -> list[str]:
             try:
                 manifest = find_manifest(folder)
             except ValueError as error:
-                return [f"{key}: whether it was trained with this RoPE is not checked: {error}"]
+                warnings.append(
+                    f"{key}: whether it was trained with this RoPE is not checked: {error}"
+                )
         if manifest is not None:
             check_files(folder, manifest)
             check_same_rope(folder, manifest, run, key)
-    return []
+    return warnings
 
 
 def check_merged(run: PreparedRun, folder: Path, key: str) -> list[str]:

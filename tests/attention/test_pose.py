@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
 
 from longlora_plugin.attention import ShiftedAttention, install, shifted_sparse_attention
 from longlora_plugin.attention.layout import POSE, AttentionPattern
-from longlora_plugin.attention.pose import skipped_positions
+from longlora_plugin.attention.pose import generator_of_pass, skipped_positions
 
 TARGET = 96
 IDS = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -39,7 +39,7 @@ def skip(enable: Enable) -> Enable:
 
 def short_rows(model: Any, ids: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
     """Logits of each segment as a row of its own, with the positions that the next pass draws."""
-    positions = skipped_positions(sizes, TARGET).split(sizes)
+    positions = skipped_positions(sizes, TARGET, generator_of_pass()).split(sizes)
     return [
         # With a mask, transformers takes a jump in the positions for what it is.
         model(
@@ -56,7 +56,7 @@ def short_rows(model: Any, ids: torch.Tensor, sizes: list[int]) -> list[torch.Te
 def test_each_segment_is_two_runs_of_positions_up_to_the_target(
     sizes: list[int], target: int
 ) -> None:
-    for place in skipped_positions(sizes, target).split(sizes):
+    for place in skipped_positions(sizes, target, generator_of_pass()).split(sizes):
         assert place[0] == 0
         assert place[-1] < target
         steps = place.diff()
@@ -65,9 +65,9 @@ def test_each_segment_is_two_runs_of_positions_up_to_the_target(
 
 
 def test_a_full_segment_skips_nothing_and_others_reach_every_position() -> None:
-    assert torch.equal(skipped_positions([12], 12), torch.arange(12))
-    torch.manual_seed(0)
-    seen = torch.cat([skipped_positions([4], 10) for _ in range(300)])
+    draws = torch.Generator().manual_seed(0)
+    assert torch.equal(skipped_positions([12], 12, draws), torch.arange(12))
+    seen = torch.cat([skipped_positions([4], 10, draws) for _ in range(300)])
     assert set(seen.tolist()) == set(range(10))
 
 
@@ -129,6 +129,34 @@ def test_a_pass_of_a_family_equals_short_rows(name: str, skip: Enable) -> None:
         torch.manual_seed(3)
         found = model(ids, use_cache=False).logits[0]
     assert error(found, expected) < TOLERANCE
+
+
+def test_processes_draw_different_positions_and_equally_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn, left = [], []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank, segments in enumerate(([8, 8, 8], [8, 8, 8], [8])):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        torch.manual_seed(3)
+        drawn.append(skipped_positions(segments, TARGET, generator_of_pass()))
+        left.append(torch.rand(()))
+    assert not torch.equal(drawn[0], drawn[1])
+    assert left[0] == left[1] == left[2]
+
+
+def test_scores_that_depend_on_the_position_are_refused(skip: Enable) -> None:
+    with pytest.raises(ValueError, match="Ministral3Attention scales its scores by the position"):
+        skip(build("ministral3", "sdpa"))
+
+
+def test_a_layer_that_is_run_again_with_its_own_rotary_embedding_is_an_error(skip: Enable) -> None:
+    model = tiny_llama()
+    skip(model)
+    again = (torch.zeros(1, 8, 32), torch.arange(8)[None])
+    with pytest.raises(ValueError, match="LlamaRotaryEmbedding has them inside of its layers"):
+        model.model.rotary_emb(*again)
+    model.eval().model.rotary_emb(*again)
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False])
@@ -199,9 +227,12 @@ def test_layers_that_attend_across_segments_are_refused(skip: Enable) -> None:
 def test_what_skipped_positions_need_is_asked_for(
     enable: Enable, skip: Enable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    message = "the pattern pose needs target_length, and whole rows"
-    with pytest.raises(ValueError, match=message):
+    message = "the pattern pose needs whole rows of a model that no other one is compared with"
+    with pytest.raises(ValueError, match="the pattern pose needs target_length"):
         skip(tiny_llama(), target_length=None)
+    enable(policy := tiny_llama())
+    with pytest.raises(ValueError, match=message):
+        skip(tiny_llama()).follow(policy)
     with pytest.raises(ValueError, match=message):
         skip(tiny_llama(), follows=enable(tiny_llama()))
     monkeypatch.setattr(install, "shards_of", lambda *arguments: object())

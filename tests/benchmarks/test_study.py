@@ -12,7 +12,7 @@ import torch
 
 MODULES = (
     *("base", "claims", "cost", "data", "measure", "plan", "report", "results"),
-    *("settings", "sinks", "timing", "train", "worker"),
+    *("rivals", "settings", "sinks", "timing", "train", "worker"),
 )
 
 
@@ -109,6 +109,15 @@ def test_cost_counts_pairs(study):
     one_layer = cost.attention_cost(replace(settings, full_layers=(0,)), 0)
     quarter = cost.attention_cost(settings, settings.steps // 4)
     assert one_layer == pytest.approx(0.25 + 0.75 * sparse) == pytest.approx(quarter)
+    growing = cost.sparse_share(replace(settings, growing=(4, 4, 8)))
+    eight = cost.sparse_share(replace(settings, group=8))
+    assert growing == pytest.approx((2 * sparse + eight) / 3)
+
+
+def test_groups_grow_in_equal_parts_of_the_steps_before_the_finish(study):
+    settings = study.settings.Settings(steps=8, finish=0.25, growing=(256, 512, 1024), group=64)
+    assert [settings.group_at(step) for step in range(6)] == [256, 256, 512, 512, 1024, 1024]
+    assert replace(settings, growing=()).group_at(3) == 64
 
 
 def test_every_run_has_a_name_of_its_own_and_main_rows_come_first(study):
@@ -170,7 +179,9 @@ SHORT = {"steps": 4, "target": 512, "group": 128, "tokens_a_step": 1024}
         ({"finish": 0.5}, 2, {"sparse", "full"}),
         ({"attention": "full"}, 0, {"full"}),
         ({"attention": "groups"}, 2, {"sparse"}),
+        ({"attention": "pose", "finish": 0.5}, 2, {"sparse", "full"}),
         ({"full_layers": (0,)}, 1, {"sparse"}),
+        ({"growing": (64, 128), "finish": 0.5}, 2, {"sparse", "full"}),
         ({"attention": "sinks", "sinks": 16}, 2, {"sparse"}),
         ({"method": "full"}, 2, {"sparse"}),
         ({"method": "lora+norm", "task": "retrieval", "watch": (2,)}, 2, {"sparse"}),
@@ -188,7 +199,7 @@ def test_a_run_trains_as_its_settings_say(study, tiny, few_windows, changes, spa
     assert set(row["seconds_a_step"]) == kinds
     assert list(row["by_position"]) == ["0-256", "256-512"]
     assert ("evaluated_sparse" in row) == (
-        settings.task == "books" and settings.attention in ("s2", "groups")
+        settings.task == "books" and settings.attention in ("s2", "groups", "pose")
     )
     assert (
         list(row.get("watched", {}))
@@ -215,7 +226,9 @@ def test_a_run_whose_sparse_attention_did_not_run_is_an_error(
     study, tiny, few_windows, monkeypatch
 ):
     settings = study.settings.Settings(**SHORT)
-    monkeypatch.setattr(study.train.Attention, "train", lambda self, sparse: self.model.eval())
+    monkeypatch.setattr(
+        study.train.Attention, "train", lambda self, sparse, step: self.model.eval()
+    )
     with pytest.raises(RuntimeError, match="ran 0 times, not 8"):
         study.train.run(settings, *tiny)
 
@@ -262,6 +275,23 @@ def test_retrieval_is_judged_in_points(study):
     assert study.claims.Difference((9.0, 5.0), "points").higher() == "held"
     assert study.claims.Difference((9.0, 5.1), "points").equal() == "did not hold"
     assert points.text() == "+4.5 points (+4.0 to +4.9, 2 seeds)"
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "recall", "cost", "said"),
+    [
+        ((0.9, -2.0), (-2.9, 1.0), 49.0, "yes"),
+        ((0.9, -2.0), (-2.9, 1.0), 51.0, "no: cost"),
+        ((1.1, -2.0), (-2.9, 1.0), 49.0, "in the mean; not every seed: perplexity"),
+        ((0.9, -2.0), (-3.1, -2.0), 49.0, "in the mean; not every seed: recall"),
+        ((0.9, -2.0), (-3.1, -3.0), 49.0, "no: recall"),
+        ((1.2, 1.1), (-9.0, -9.0), 49.0, "no: perplexity, recall"),
+        ((0.9,), (-2.9,), 49.0, "yes (one seed)"),
+    ],
+)
+def test_near_is_said_of_every_seed_or_of_the_mean(study, perplexity, recall, cost, said):
+    found = (study.claims.Difference(perplexity), study.claims.Difference(recall, "points"))
+    assert study.rivals.verdict(*found, cost) == said
 
 
 def rows_of(study, folder, perplexities):

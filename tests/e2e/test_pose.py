@@ -1,14 +1,14 @@
-"""`attention_pattern: pose` through the real `axolotl train`."""
+"""`attention_pattern: pose` in a run of Axolotl, in this process."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from axolotl_runs import TARGET, run_axolotl, write_recipe
+from axolotl_runs import TARGET, train_in_process, write_recipe
 
+from longlora_plugin.artifacts.manifest import read_manifest
 from longlora_plugin.run.prepare import prepare_run
 from longlora_plugin.run.recipe import read_recipe
 
@@ -26,11 +26,14 @@ def test_axolotl_trains_with_pose_and_ends_with_full_attention(
         gradient_checkpointing=True,
         longlora={"attention_pattern": "pose", "full_attention_steps": 1},
     )
-    log = run_axolotl("train", recipe, "--launcher", "python").log
-    assert f"shifted attention (pose): 2 layers, group size {TARGET // 4} of {TARGET} tokens" in log
-    assert "step 3 of 4: training goes on with full attention" in log
-    manifest = json.loads((tmp_path / "out" / "longlora.json").read_text())
-    assert manifest["attention_pattern"] == "pose"
+    train_in_process(recipe)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.attention_pattern == "pose"
+    assert (manifest.covered_layers, manifest.group_size) == (2, TARGET // 4)
+    assert (manifest.steps, manifest.full_attention_steps) == (4, 1)
+    assert (
+        "attention inside groups whose positions skip" in (tmp_path / "out/README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_methods_without_a_reference_train_embeddings_and_norms(method, trained)
     [
         ({"relora": True, "jagged_restart_steps": 2}, "relora: true does not work"),
         ({"rl": "dpo", "lora_model_dir": "checkpoint-9"}, "Axolotl does not read it there"),
-        ({"rl": "ebft"}, "does not work with rl: ebft"),
+        ({"rl": "ebft"}, "rl: ebft does not work with shifted attention"),
     ],
 )
 def test_what_cannot_be_sound_is_refused_before_anything_loads(

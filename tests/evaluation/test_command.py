@@ -245,6 +245,7 @@ def test_rows_of_all_lengths_score_the_same_tokens(work, tmp_path):
         (["--lengths", "64", "--stride", "65"], "Write a stride of 1 to 64"),
         (["--lengths", "sixty"], "write whole numbers"),
         (["--lengths", "64", "--buckets", "9,3"], "bucket edges 9, 3 must rise"),
+        (["--lengths", "64", "--buckets", "9"], "--buckets 9 is one edge; write all of them"),
         (["--lengths", "64", "--model", "merged"], "run axolotl merge-lora"),
         (["--lengths", "64", "--model", "bsae"], "unknown model 'bsae'"),
         (["--model", "x="], "--model x=: write NAME=FOLDER"),

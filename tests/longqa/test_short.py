@@ -40,11 +40,18 @@ def test_short_instructions_get_their_share_all_along_the_file(build, stories, t
         ("not json\n", "is not JSON"),
         ('{"question": "a"}\n', r"row 1 has the keys \['question'\]"),
         ("[1]", "row 1 is 1"),
+        ('{"instruction": "é"}', "row 1 is not UTF-8; save the file as UTF-8"),
         ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_wrong_file_of_short_instructions_says_where(tmp_path, content, says):
     path = tmp_path / "short.jsonl"
-    path.write_text(content)
+    path.write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=says):
         read_short(path)
+
+
+def test_a_list_may_begin_with_white_space(tmp_path):
+    path = tmp_path / "short.json"
+    path.write_text('\n  [{"instruction": "a", "output": "b"}]')
+    assert read_short(path) == [{"instruction": "a", "output": "b"}]

@@ -287,7 +287,7 @@ def test_wide_heads_and_sliding_layers_keep_the_dense_mask_of_packed_rows(tmp_pa
         ({"num_epochs": -1}, "num_epochs: got -1; write a number above 0"),
         ({"tensor_parallel_size": "x"}, "tensor_parallel_size: got 'x'; write a whole number"),
         ({"attn_implementation": "flash"}, "write attn_implementation: flash_attention_2"),
-        ({"s2_attention": True}, "s2_attention: Axolotl has it no more; remove the line"),
+        ({"s2_attention": True}, "s2_attention: Axolotl removed it; remove the line"),
         ({"adapter": "LongLoRA"}, "adapter: got 'LongLoRA'; write adapter: longlora"),
         ({"plugins": ["longlora_plugin.LongLoraPlugin"]}, "write longlora_plugin.LongLoRAPlugin"),
         ({"plugins": "longlora_plugin.LongLoRAPlugin"}, "plugins: got "),

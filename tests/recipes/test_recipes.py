@@ -139,6 +139,9 @@ def test_an_adapter_to_go_on_from_is_compared_with_the_recipes_rope(recipe, tmp_
     assert check_recipe(recipe(lora_model_dir=start, longlora={"rope": "linear"})).problems == []
     (note,) = check_recipe(recipe(lora_model_dir="someone/adapter")).notes
     assert "lora_model_dir: whether it was trained with this RoPE is not checked" in note
+    both = recipe(lora_model_dir="someone/adapter", resume_from_checkpoint=start)
+    other = f"resume_from_checkpoint: {start} does not belong to this recipe's RoPE"
+    assert any(other in problem for problem in check_recipe(both).problems)
 
 
 @pytest.mark.parametrize("path", ["nowhere.jsonl", "./data", "/nowhere/rows.parquet"])
