@@ -202,7 +202,8 @@ def _draw_steps(axes: Any, rows: Sequence[Row], results: Results) -> None:
 
 
 def _draw_line(axes: Any, label: str, ticks: list[str], values: list[Value]) -> None:
-    line = axes.plot(ticks, [value.mean for value in values], "o-", label=label, markersize=4)
+    style = ("o-", "s--")[len(axes.lines) // 10 % 2]  # matplotlib has ten colors
+    line = axes.plot(ticks, [value.mean for value in values], style, label=label, markersize=4)
     low, high = [value.low for value in values], [value.high for value in values]
     axes.fill_between(ticks, low, high, alpha=0.2, color=line[0].get_color(), linewidth=0)
 
