@@ -86,7 +86,7 @@ endif
 # that Axolotl 0.19 to 0.21 allow.
 ATTENTION_MATRIX := torch==2.11.0,transformers==5.17.0 torch==2.13.0,transformers==5.20.1
 ATTENTION_TESTS := $(addprefix tests/attention/test_,$(addsuffix .py,attention layout input backends \
-	flash_attention flex_attention torch_kernels forwards enabled_models works_with memory shards)) \
+	flash_attention flex_attention torch_kernels forwards enabled_models works_with memory shards pose)) \
 	tests/adapter tests/benchmarks/test_attention.py
 ATTENTION_VENVS ?= .venv-attention
 comma := ,
