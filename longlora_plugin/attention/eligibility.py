@@ -56,6 +56,11 @@ def attention_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     ]
 
 
+def told(skipped: Mapping[str, int]) -> str:
+    """Reason → layers, in words."""
+    return "; ".join(f"{count} × {reason}" for reason, count in skipped.items())
+
+
 def check_shardable(model: torch.nn.Module, skipped: Mapping[str, int]) -> None:
     """Raise ValueError where a part of the model would take a shard for the whole row.
 
@@ -63,11 +68,10 @@ def check_shardable(model: torch.nn.Module, skipped: Mapping[str, int]) -> None:
         skipped: reason → layers that shifted attention does not cover.
     """
     if skipped:
-        reasons = "; ".join(f"{count} × {reason}" for reason, count in skipped.items())
         raise ValueError(
             f"rows that processes share: {type(model).__name__} has layers that shifted attention "
-            f"does not cover and that would see their own shard only: {reasons}. Train it without "
-            "context_parallel_size (or process_group)"
+            f"does not cover and that would see their own shard only: {told(skipped)}. Train it "
+            "without context_parallel_size (or process_group)"
         )
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)

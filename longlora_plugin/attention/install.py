@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from longlora_plugin.attention import packing, pose
 from longlora_plugin.attention.backends import backend_for, check_settings
 from longlora_plugin.attention.call import AttentionCall
-from longlora_plugin.attention.eligibility import attention_layers, eligible_layers
+from longlora_plugin.attention.eligibility import attention_layers, eligible_layers, told
 from longlora_plugin.attention.forwards import Forward, Forwards, ReadDocuments
 from longlora_plugin.attention.gather import Shards, shards_of
 from longlora_plugin.attention.layout import S2, AttentionPattern, head_runs
@@ -385,7 +385,7 @@ def enable_shifted_attention(
 
 
 def _nothing_covered(model: torch.nn.Module, skipped: Counter[str]) -> ValueError:
-    reasons = "; ".join(f"{count} × {reason}" for reason, count in skipped.items())
+    reasons = told(skipped)
     remedy = (
         "; write model_config: {sliding_window: null} to train and serve it without the window, "
         "or longlora: {shifted_attention: false}"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from longlora_plugin.attention.eligibility import attention_layers
+from longlora_plugin.attention.eligibility import attention_layers, told
 from longlora_plugin.attention.layout import AttentionPattern, segments
 from longlora_plugin.attention.packing import PADDING, Documents, from_ids
 
@@ -119,10 +119,9 @@ def rotary_embeddings(model: torch.nn.Module, skipped: Mapping[str, int]) -> lis
     name = type(model).__name__
     instead = "write attention_pattern: s2"
     if skipped:
-        reasons = "; ".join(f"{count} × {reason}" for reason, count in skipped.items())
         raise ValueError(
             f"attention_pattern: pose needs every layer of {name} to attend within segments, and "
-            f"some do not: {reasons}; {instead}"
+            f"some do not: {told(skipped)}; {instead}"
         )
     found = [module for module in model.modules() if _takes_positions(module)]
     inside = {
